@@ -1,0 +1,19 @@
+"""Names that must not be mixed up, as types of their own."""
+
+from typing import NewType
+
+NodeId = NewType("NodeId", str)
+"""base32 (lower case, unpadded) of a node's Ed25519 public key: 52 characters."""
+
+ModelId = NewType("ModelId", str)
+"""What a client puts into `model`: `builtin`, a catalog name, or the stem of a local file."""
+
+InstanceId = NewType("InstanceId", str)
+"""One launch of one engine. The child is started with it as `--alias` and asked for it before it
+is trusted, so that a stranger on the same socket path cannot pass for it."""
+
+RequestId = NewType("RequestId", str)
+"""The client's `x-request-id`, or one made here."""
+
+RuntimeId = NewType("RuntimeId", str)
+"""Directory name of an engine build below `<cache>/meshd/runtimes/`."""
