@@ -1,0 +1,187 @@
+"""One tree of errors.
+
+Every error that may reach a person or a client derives from `MeshdError` and carries the three
+facts its edge needs: `code` (the string in OpenAI's error object), `status` (HTTP) and `exit_code`
+(CLI). The message says what happened, where, and what to do next. Raise at the edge that knows,
+translate once per boundary, catch only to act.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class MeshdError(Exception):
+    """Base of everything meshd says on purpose. Anything else that escapes is a bug."""
+
+    code: ClassVar[str] = "internal_error"
+    status: ClassVar[int] = 500
+    retryable: ClassVar[bool] = False
+    exit_code: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        detail: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+        self.detail = detail
+        """Goes into `error.meshd`: machine-readable facts such as state, progress, reason."""
+
+
+# -- requests -------------------------------------------------------------------------------------
+
+
+class InvalidRequest(MeshdError):
+    code, status, exit_code = "invalid_request", 400, 2
+
+
+class Unauthorized(MeshdError):
+    code, status = "unauthorized", 401
+
+
+class HostNotAllowed(MeshdError):
+    code, status = "host_not_allowed", 403
+
+
+class NotFound(MeshdError):
+    code, status = "not_found", 404
+
+
+class MethodNotAllowed(MeshdError):
+    code, status = "method_not_allowed", 405
+
+
+class RequestTimeout(MeshdError):
+    """The client was too slow in sending its request."""
+
+    code, status = "request_timeout", 408
+
+
+class RequestTooLarge(MeshdError):
+    code, status = "request_too_large", 413
+
+
+class UnsupportedEncoding(MeshdError):
+    """The request body is compressed; its `model` could not be read without unpacking it."""
+
+    code, status = "unsupported_encoding", 415
+
+
+class ExpectationFailed(MeshdError):
+    code, status = "expectation_failed", 417
+
+
+class QueueFull(MeshdError):
+    code, status, retryable = "queue_full", 429, True
+
+
+class UpstreamFailed(MeshdError):
+    code, status, retryable = "upstream_failed", 502, True
+
+
+class UpstreamTimeout(MeshdError):
+    code, status, retryable = "upstream_timeout", 504, True
+
+
+class NodeDraining(MeshdError):
+    code, status, retryable = "node_draining", 503, True
+
+
+class TooManyConnections(MeshdError):
+    code, status, retryable = "too_many_connections", 503, True
+
+
+# -- models ---------------------------------------------------------------------------------------
+
+
+class ModelNotFound(MeshdError):
+    code, status = "model_not_found", 404
+
+
+class ModelLoading(MeshdError):
+    code, status, retryable = "model_loading", 503, True
+
+
+class ModelFailed(MeshdError):
+    code, status, retryable = "model_failed", 503, True
+
+
+class BadReference(MeshdError):
+    """A REF that cannot be read, or that names nothing on this machine."""
+
+    code, status, exit_code = "invalid_reference", 400, 1
+
+
+class BrokenWeights(MeshdError):
+    """Weights that must not reach an engine. `path` is the file, the message says what is wrong."""
+
+    code, status = "model_failed", 503
+
+    def __init__(self, message: str, *, path: str) -> None:
+        super().__init__(message, detail={"path": path})
+        self.path = path
+
+
+# -- engines --------------------------------------------------------------------------------------
+
+
+class EngineMissing(MeshdError):
+    """No usable llama-server on this machine."""
+
+    code, status = "engine_missing", 503
+
+
+class EngineRejected(MeshdError):
+    """A directory of binaries that was looked at and is not usable; the message says why."""
+
+    code, status = "engine_rejected", 503
+
+
+class BuildFailed(MeshdError):
+    code = "build_failed"
+
+
+class SourceRejected(BuildFailed):
+    """The fetched engine source is not the pinned one."""
+
+    code = "source_rejected"
+
+
+class ToolMissing(BuildFailed):
+    """A tool the build needs is absent; the message names the package that has it."""
+
+    code = "tool_missing"
+
+
+# -- the daemon itself ----------------------------------------------------------------------------
+
+
+class BadConfig(MeshdError):
+    """A flag, variable or key that cannot be used. Exit 78 (EX_CONFIG of sysexits.h)."""
+
+    code, exit_code = "bad_config", 78
+
+
+class DaemonNotRunning(MeshdError):
+    code, exit_code = "daemon_not_running", 3
+
+
+class AddressInUse(MeshdError):
+    code = "address_in_use"
+
+
+class DataDirectoryBusy(MeshdError):
+    """Another daemon holds the lock of this data directory."""
+
+    code = "data_directory_busy"
+
+
+class NoSpace(MeshdError):
+    code = "no_space"
