@@ -37,7 +37,7 @@ class ApiSettings(Section):
     max_body_bytes: int = Field(32 * 1024 * 1024, ge=1024, le=1 << 30)
     """Longest request body, bytes. Images in chat messages need room; each one costs memory."""
     max_connections: int = Field(1024, ge=8, le=65_536)
-    """Open client connections; one more is answered 503 and closed. Each needs a file descriptor."""
+    """Open client connections; one more is answered 503. Each needs a file descriptor."""
     head_timeout_s: Seconds = 10.0
     """From the first moment of a connection to a complete request head."""
     body_timeout_s: Seconds = 60.0

@@ -120,7 +120,7 @@ class BadReference(MeshdError):
 
 
 class BrokenWeights(MeshdError):
-    """Weights that must not reach an engine. `path` is the file, the message says what is wrong."""
+    """Weights that must not reach an engine. `path`: the file; the message: what is wrong."""
 
     code, status = "model_failed", 503
 
