@@ -7,7 +7,7 @@ durable files. May not come in: anything that knows what a model, a peer or a re
 from meshd.kernel.board import Board
 from meshd.kernel.clock import Clock, ManualClock, MonotonicClock
 from meshd.kernel.driver import Driver
-from meshd.kernel.files import write_atomic
+from meshd.kernel.files import DirectoryLock, write_atomic
 from meshd.kernel.flight import FlightRecorder
 from meshd.kernel.machine import Machine
 from meshd.kernel.pool import Pool
@@ -16,6 +16,7 @@ from meshd.kernel.service import Service, ServiceStack
 __all__ = [
     "Board",
     "Clock",
+    "DirectoryLock",
     "Driver",
     "FlightRecorder",
     "Machine",

@@ -1,0 +1,366 @@
+"""Which models this node runs: a pure machine from wishes to engines.
+
+One entry a model, in one of the states of `ModelState`:
+
+    ABSENT ──LoadAsked──> VERIFYING ──WeightsAccepted──> LOADING ──> READY
+                             │  ▲                           │          │
+              WeightsRejected│  │Tick, LoadAsked            │          │UnloadAsked
+                             ▼  │                           ▼          ▼
+                            FAILED <───engine gave up─── (engine)   DRAINING ──> ABSENT
+
+Rules, numbered as in the code:
+
+1. A load of a model that is not there starts with its weights: what was not checked reaches no
+   engine.
+2. A load of a model that is there is a retry if it failed, a restart if its options differ, and
+   otherwise nothing. The same name with other weights is refused.
+3. Without an engine on this machine a verified model waits, with the reason; the engine is looked
+   for again every `ENGINE_RECHECK_S`.
+4. Weights that were refused are looked at again every `WEIGHTS_RECHECK_S`: the cheap checks take
+   milliseconds, and a file that was put back should need no command. The model stays FAILED
+   meanwhile: nothing is known to be better yet.
+5. An unload stops the engine after its requests; a load that comes meanwhile wins.
+6. Every load asked for is answered exactly once, accepted or refused, at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import assert_never
+
+from meshd.ids import ModelId
+from meshd.kernel.machine import Tick
+from meshd.view import ModelState
+
+ENGINE_RECHECK_S = 15.0
+WEIGHTS_RECHECK_S = 30.0
+
+Ticket = int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """What an operator may ask for; None leaves it to the configuration."""
+
+    context: int | None = None
+    """Tokens per slot."""
+    parallel: int | None = None
+    """Slots."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFacts:
+    """What the cache proved about weights, as far as hosting needs it."""
+
+    first_shard: str
+    total_bytes: int
+    trained_context: int | None
+    capabilities: tuple[str, ...]
+    digest: str | None
+    created_at: int
+
+
+# -- events ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LoadAsked:
+    ticket: Ticket
+    model: ModelId
+    ref: str
+    options: LoadOptions = LoadOptions()
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadAsked:
+    model: ModelId
+    drain_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsAccepted:
+    model: ModelId
+    inspection: int
+    facts: WeightFacts
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsRejected:
+    model: ModelId
+    inspection: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFound:
+    """The binary to run is known; comes again when another one is chosen."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineNotFound:
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReported:
+    """The engine of `model` changed. `state` ABSENT means that it has stopped for good."""
+
+    model: ModelId
+    state: ModelState
+    reason: str | None = None
+
+
+Event = (
+    LoadAsked
+    | UnloadAsked
+    | WeightsAccepted
+    | WeightsRejected
+    | EngineFound
+    | EngineNotFound
+    | EngineReported
+    | Tick
+)
+
+
+# -- effects --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptLoad:
+    ticket: Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class RefuseLoad:
+    ticket: Ticket
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class InspectWeights:
+    """Ends in WeightsAccepted or WeightsRejected of the same `inspection`."""
+
+    model: ModelId
+    ref: str
+    inspection: int
+
+
+@dataclass(frozen=True, slots=True)
+class FindEngine:
+    """Ends in EngineFound or EngineNotFound."""
+
+
+@dataclass(frozen=True, slots=True)
+class StartEngine:
+    model: ModelId
+    facts: WeightFacts
+    options: LoadOptions
+
+
+@dataclass(frozen=True, slots=True)
+class StopEngine:
+    """Ends in EngineReported(ABSENT)."""
+
+    model: ModelId
+    drain_s: float
+
+
+Effect = AcceptLoad | RefuseLoad | InspectWeights | FindEngine | StartEngine | StopEngine
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What hosting knows of one model."""
+
+    model: ModelId
+    ref: str
+    options: LoadOptions
+    state: ModelState
+    reason: str | None = None
+    facts: WeightFacts | None = None
+    wanted: bool = True
+    inspection: int | None = None
+    """Number of the inspection that runs; answers to any other are of the past."""
+    engine: bool = False
+    """An engine was started and has not reported ABSENT."""
+    retry_at: float | None = None
+
+
+class Hosting:
+    """See the module's docstring. `restart_drain_s`: drain of an engine whose options changed."""
+
+    def __init__(self, *, restart_drain_s: float) -> None:
+        self._restart_drain_s = restart_drain_s
+        self._entries: dict[ModelId, Entry] = {}
+        self._inspections = 0
+        self._engine_known = False
+        self._engine_reason = "looking for an engine on this machine"
+        self._engine_recheck_at: float | None = None
+
+    @property
+    def entries(self) -> Mapping[ModelId, Entry]:
+        return MappingProxyType(self._entries)
+
+    def due(self) -> float | None:
+        times = [e.retry_at for e in self._entries.values() if e.retry_at is not None]
+        if self._engine_recheck_at is not None:
+            times.append(self._engine_recheck_at)
+        return min(times, default=None)
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        match event:
+            case LoadAsked():
+                return self._load(event)
+            case UnloadAsked():
+                return self._unload(event)
+            case WeightsAccepted():
+                return self._verified(event)
+            case WeightsRejected():
+                return self._rejected(event, now)
+            case EngineFound():
+                self._engine_known, self._engine_recheck_at = True, None
+                return self._for_each(self._launch)
+            case EngineNotFound():
+                return self._no_engine(event.reason, now)
+            case EngineReported():
+                return self._reported(event)
+            case Tick():
+                return self._tick(now)
+            case _:
+                assert_never(event)
+
+    # -- wishes -----------------------------------------------------------------------------------
+
+    def _load(self, event: LoadAsked) -> list[Effect]:
+        entry = self._entries.get(event.model)
+        if entry is not None and entry.ref != event.ref:  # 2
+            reason = (
+                f"`{event.model}` is the name of {entry.ref} here; unload that first, or give the "
+                "file another name"
+            )
+            return [RefuseLoad(event.ticket, reason)]
+        accept = AcceptLoad(event.ticket)  # 6
+        if entry is None:  # 1
+            return [accept, self._verify(Entry(event.model, event.ref, event.options, _VERIFYING))]
+        if entry.engine and (not entry.wanted or entry.options != event.options):  # 2, 5
+            stopping = replace(entry, wanted=True, options=event.options)
+            self._put(stopping, ModelState.DRAINING, "restarting with other options")
+            return [accept, StopEngine(entry.model, self._restart_drain_s)]
+        if entry.state is ModelState.FAILED:  # 2
+            retry = replace(entry, wanted=True, options=event.options)
+            if entry.engine:
+                self._put(retry, ModelState.DRAINING, "trying again")
+                return [accept, StopEngine(entry.model, 0.0)]
+            return [accept, self._verify(retry)]
+        self._entries[entry.model] = replace(entry, wanted=True, options=event.options)
+        return [accept]
+
+    def _unload(self, event: UnloadAsked) -> list[Effect]:
+        entry = self._entries.get(event.model)
+        if entry is None:
+            return []
+        if not entry.engine:
+            del self._entries[event.model]
+            return []
+        self._put(replace(entry, wanted=False), ModelState.DRAINING, "unloading")  # 5
+        return [StopEngine(event.model, event.drain_s)]
+
+    # -- weights ----------------------------------------------------------------------------------
+
+    def _verify(self, entry: Entry) -> Effect:
+        self._put(entry, ModelState.VERIFYING, "checking the weights")
+        return self._inspect(self._entries[entry.model])
+
+    def _inspect(self, entry: Entry) -> Effect:
+        self._inspections += 1
+        self._entries[entry.model] = replace(entry, inspection=self._inspections, retry_at=None)
+        return InspectWeights(entry.model, entry.ref, self._inspections)
+
+    def _verified(self, event: WeightsAccepted) -> list[Effect]:
+        entry = self._entries.get(event.model)
+        if entry is None or entry.inspection != event.inspection:
+            return []
+        self._put(replace(entry, facts=event.facts, inspection=None), ModelState.VERIFYING, None)
+        return self._launch(self._entries[event.model])
+
+    def _rejected(self, event: WeightsRejected, now: float) -> list[Effect]:
+        entry = self._entries.get(event.model)
+        if entry is None or entry.inspection != event.inspection:
+            return []
+        self._put(
+            replace(entry, inspection=None),
+            ModelState.FAILED,
+            event.reason,
+            retry_at=now + WEIGHTS_RECHECK_S,  # 4
+        )
+        return []
+
+    # -- engines ----------------------------------------------------------------------------------
+
+    def _launch(self, entry: Entry) -> list[Effect]:
+        if entry.facts is None or entry.engine or entry.inspection is not None:
+            return []
+        if entry.state not in (_VERIFYING, _WAITING):
+            return []
+        if not self._engine_known:  # 3
+            self._put(entry, ModelState.WAITING, self._engine_reason)
+            return [FindEngine()] if self._engine_recheck_at is None else []
+        started = replace(entry, engine=True)
+        self._put(started, ModelState.LOADING, "starting the engine")
+        return [StartEngine(entry.model, entry.facts, entry.options)]
+
+    def _no_engine(self, reason: str, now: float) -> list[Effect]:
+        self._engine_known, self._engine_reason = False, reason
+        self._engine_recheck_at = now + ENGINE_RECHECK_S  # 3
+        for entry in tuple(self._entries.values()):
+            if entry.state is ModelState.WAITING:
+                self._put(entry, ModelState.WAITING, reason)
+        return []
+
+    def _reported(self, event: EngineReported) -> list[Effect]:
+        entry = self._entries.get(event.model)
+        if entry is None or not entry.engine:
+            return []
+        if event.state is not ModelState.ABSENT:
+            if entry.state is ModelState.DRAINING and event.state is not ModelState.READY:
+                return []  # what we said of the drain says more
+            if entry.state is not ModelState.DRAINING:
+                self._put(entry, event.state, event.reason)
+            return []
+        stopped = replace(entry, engine=False)
+        if entry.wanted:  # 2, 5
+            return [self._verify(stopped)]
+        del self._entries[event.model]
+        return []
+
+    # -- time -------------------------------------------------------------------------------------
+
+    def _tick(self, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        if self._engine_recheck_at is not None and self._engine_recheck_at <= now:
+            self._engine_recheck_at = None
+            effects.append(FindEngine())
+        overdue = [
+            e for e in self._entries.values() if e.retry_at is not None and e.retry_at <= now
+        ]
+        effects.extend(self._inspect(entry) for entry in overdue)  # 4
+        return effects
+
+    def _for_each(self, rule: Callable[[Entry], list[Effect]]) -> list[Effect]:
+        return [effect for entry in tuple(self._entries.values()) for effect in rule(entry)]
+
+    def _put(
+        self,
+        entry: Entry,
+        state: ModelState,
+        reason: str | None,
+        *,
+        retry_at: float | None = None,
+    ) -> None:
+        self._entries[entry.model] = replace(entry, state=state, reason=reason, retry_at=retry_at)
+
+
+_VERIFYING = ModelState.VERIFYING
+_WAITING = ModelState.WAITING
