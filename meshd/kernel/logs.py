@@ -10,8 +10,8 @@ import json
 import logging
 import logging.handlers
 import sys
-import time
 from contextvars import ContextVar
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -65,11 +65,9 @@ class _TextFormatter(logging.Formatter):
 
 
 class _JsonFormatter(logging.Formatter):
-    converter = time.gmtime
-
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, object] = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}Z",
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
