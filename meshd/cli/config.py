@@ -1,0 +1,48 @@
+"""`meshd config show`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from meshd import config as configuration
+from meshd.cli.options import data_dir_option, json_option, print_json
+
+SECRETS = ("api_key",)
+
+
+@click.group()
+def config() -> None:
+    """The configuration of a node."""
+
+
+@config.command()
+@click.option("--config", "file", type=click.Path(path_type=Path), help="Configuration file.")
+@data_dir_option
+@json_option
+def show(file: Path | None, data_dir: Path | None, as_json: bool) -> int:
+    """Print the effective configuration, and where each value that is no default comes from."""
+    flags = {"data_dir": str(data_dir) if data_dir else None}
+    loaded = configuration.load(flags, file=file)
+    values = {key: _value(loaded.config, key) for key in configuration.known_keys()}
+    if as_json:
+        print_json({k: {"value": v, "source": loaded.sources.get(k, "default")}
+                    for k, v in values.items()})  # fmt: skip
+        return 0
+    for key, value in values.items():
+        source = loaded.sources.get(key)
+        click.echo(f"{key} = {value!r}" + (f"    # {source}" if source else ""))
+    return 0
+
+
+def _value(loaded: configuration.Config, key: str) -> Any:
+    value: Any = loaded
+    for part in key.split("."):
+        value = getattr(value, part)
+    if key in SECRETS and value is not None:
+        return "(set)"
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value

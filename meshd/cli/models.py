@@ -1,0 +1,91 @@
+"""`meshd load` and `meshd unload`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from meshd.cli.client import AdminClient
+from meshd.cli.options import admin, data_dir_option, json_option, print_json
+from meshd.errors import MeshdError
+
+POLL_S = 0.1
+
+
+@click.command()
+@click.argument("ref")
+@click.option("--ctx", "context", type=click.IntRange(min=128), help="Context, tokens per slot.")
+@click.option("--parallel", type=click.IntRange(1, 1024), help="Slots: requests at once.")
+@click.option("--wait/--no-wait", default=True, help="Wait until it is ready (default) or not.")
+@data_dir_option
+@json_option
+def load(
+    ref: str,
+    context: int | None,
+    parallel: int | None,
+    wait: bool,
+    data_dir: Path | None,
+    as_json: bool,
+) -> int:
+    """Load the model REF: `builtin`, or the path of a GGUF file (any shard of a split one)."""
+    client = admin(data_dir)
+    answer = client.post("/load", {"ref": _absolute(ref), "context": context, "parallel": parallel})
+    model = _wait(client, answer["model"]) if wait else answer
+    if as_json:
+        print_json(model)
+    elif wait:
+        click.echo(f"{model['id']} is ready")
+    else:
+        click.echo(f"loading {answer['model']}; `meshd models` shows how far it is")
+    return 0
+
+
+@click.command()
+@click.argument("model")
+@click.option("--drain", "drain_s", type=click.FloatRange(min=0), help="Seconds for requests.")
+@data_dir_option
+@json_option
+def unload(model: str, drain_s: float | None, data_dir: Path | None, as_json: bool) -> int:
+    """Unload MODEL (a name of `meshd models`, or its REF) after its requests in flight."""
+    client = admin(data_dir)
+    answer = client.post("/unload", {"model": _absolute(model), "drain_s": drain_s})
+    while any(m["id"] == answer["model"] and m["hosts"] for m in _models(client)):
+        time.sleep(POLL_S)
+    if as_json:
+        print_json(answer)
+    else:
+        click.echo(f"{answer['model']} is unloaded")
+    return 0
+
+
+def _wait(client: AdminClient, name: str) -> dict[str, Any]:
+    said = None
+    while True:
+        model = next((m for m in _models(client) if m["id"] == name), None)
+        if model is None or model["state"] == "absent":
+            raise MeshdError(f"{name} was unloaded while it was loading")
+        if model["state"] == "ready":
+            return model
+        if model["state"] == "failed":
+            raise MeshdError(f"{name}: {model['reason']}")
+        if model["reason"] != said and sys.stderr.isatty():
+            said = model["reason"]
+            click.echo(f"{model['state']}: {said}", err=True)
+        time.sleep(POLL_S)
+
+
+def _models(client: AdminClient) -> list[dict[str, Any]]:
+    models: list[dict[str, Any]] = client.get("/status")["models"]
+    return models
+
+
+def _absolute(ref: str) -> str:
+    """A path means something where the command was typed, not where the daemon runs."""
+    path = Path(ref).expanduser()
+    if path.exists() and (ref.startswith((".", "~", "/")) or path.suffix.lower() == ".gguf"):
+        return str(path.resolve())
+    return ref
