@@ -208,6 +208,12 @@ def environment_of_children(extra: Mapping[str, str] | None = None) -> dict[str,
     return kept
 
 
+def under_journal() -> bool:
+    """Whether standard error is the systemd journal, which stamps lines itself."""
+    status = os.fstat(2)
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
 # -- layers ---------------------------------------------------------------------------------------
 
 

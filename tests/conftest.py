@@ -1,1 +1,108 @@
 """Fixtures every test may use. Leaked tasks, threads, children and sockets fail the test."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from hypothesis import HealthCheck, settings
+
+from meshd.errors import MeshdError
+
+settings.register_profile("default", deadline=None, max_examples=100)
+settings.register_profile(
+    "soak", deadline=None, max_examples=5000, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+LEAK_DEADLINE_S = 5.0
+
+
+@pytest.fixture(autouse=True)
+def _no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Children, threads and sockets that a test started are gone when it ends."""
+    if inspect.iscoroutinefunction(getattr(request.node, "function", None)):
+        request.getfixturevalue("_no_leaked_tasks")
+    before = _resources()
+    yield
+    deadline = time.monotonic() + LEAK_DEADLINE_S
+    while leaked := _resources() - before:
+        if time.monotonic() > deadline:
+            pytest.fail(f"left behind: {sorted(leaked)}")
+        time.sleep(0.01)
+
+
+@pytest.fixture
+async def _no_leaked_tasks() -> AsyncIterator[None]:
+    yield
+    await asyncio.sleep(0)  # let done callbacks run
+    current = asyncio.current_task()
+    leaked = [t.get_name() for t in asyncio.all_tasks() if t is not current and not t.done()]
+    assert not leaked, f"tasks left running: {leaked}"
+
+
+@pytest.fixture(scope="session")
+def engine_dir() -> Path:
+    """Directory of a real llama-server; `make engine` provides one."""
+    if chosen := os.environ.get("MESHD_TEST_ENGINE"):
+        return Path(chosen)
+    from meshd.runtime.registry import Registry
+
+    from meshd import config
+
+    try:
+        record = Registry(config.load().config.cache_dir).find(None)
+    except MeshdError as error:
+        if os.environ.get("CI"):
+            raise  # there it is a defect of the set-up, not a reason to pass
+        pytest.skip(f"no engine: {error.message}")
+    return Path(record.server_path).parent
+
+
+def wait_until(condition: Callable[[], object], *, timeout_s: float = 10.0, what: str = "") -> None:
+    """Poll `condition` until it is true; fails, naming `what`, after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {timeout_s} s: {what or condition}")
+        time.sleep(0.01)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name every test that could not run, and why."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    if skipped:
+        terminalreporter.section("could not run here")
+        for report in skipped:
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+            terminalreporter.line(f"{report.nodeid}: {reason}")
+
+
+def _resources() -> set[str]:
+    own = psutil.Process()
+    found = set()
+    for child in own.children(recursive=True):
+        try:
+            found.add(f"child {child.pid} {' '.join(child.cmdline())[:80]}")
+        except psutil.NoSuchProcess:
+            continue
+    found |= {
+        f"thread {t.ident} {t.name}"
+        for t in threading.enumerate()
+        if not t.name.startswith("pydev")
+    }
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            target = entry.readlink()
+        except FileNotFoundError:
+            continue
+        if str(target).startswith("socket:"):
+            found.add(f"fd {entry.name} {target}")
+    return found

@@ -89,6 +89,8 @@ class ServiceStack:
         self._running.clear()
         if not self.failed.done():
             self.failed.cancel()
+        elif not self.failed.cancelled():
+            self.failed.exception()  # seen, whether or not anybody waited for it
 
     def _ended(self, service: Service, task: asyncio.Task[None]) -> None:
         if task.cancelled() or self.failed.done():

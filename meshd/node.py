@@ -1,0 +1,277 @@
+"""A node: the only place where configuration becomes machines and services.
+
+Start, in this order: the data directory is locked, the API listens (the port answers from here on),
+the admin socket, then everything slow behind them. Stop, on SIGTERM or SIGINT: new requests are
+refused, those in flight finish within `drain_s`, engines end, sockets go. A second signal hurries.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import random
+import signal
+import sys
+from dataclasses import replace
+
+from meshd import __version__
+from meshd.api import ApiServer
+from meshd.config import Config, Loaded, under_journal
+from meshd.errors import BadConfig, MeshdError
+from meshd.ids import ModelId, NodeId
+from meshd.kernel import (
+    Board,
+    DirectoryLock,
+    FlightRecorder,
+    MonotonicClock,
+    Pool,
+    Service,
+    ServiceStack,
+)
+from meshd.kernel.logs import configure_logging
+from meshd.view import NodeState, NodeView, View
+
+log = logging.getLogger(__name__)
+
+SURVEY_INTERVAL_S = 30.0
+"""How often devices and disk are looked at again for `meshd status`."""
+
+
+def run(loaded: Loaded) -> int:
+    """Be a node until told to stop. Returns the exit code; raises MeshdError if it cannot start."""
+    config = loaded.config
+    try:
+        config.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        config.data_dir.chmod(0o700)
+        lock = DirectoryLock(config.data_dir)
+    except OSError as error:
+        raise BadConfig(
+            f"data directory {config.data_dir} cannot be used: {error.strerror}; "
+            "name another with --data-dir"
+        ) from None
+    try:
+        configure_logging(
+            config.log_level, config.log_format, config.log_dir, journal=under_journal()
+        )
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(Node(config).run())
+    finally:
+        lock.release()
+
+
+class Node:
+    """One run of a node; `run` is called once, inside the loop it belongs to."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._clock = MonotonicClock()
+        self._recorder = FlightRecorder()
+        self._rng = random.Random()  # the one source of chance, handed to the shells
+        self._pool = Pool("work", workers=2)
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._exit_code = 0
+        node = NodeView(
+            id=NodeId(""),
+            name=config.name,
+            version=__version__,
+            role="member",
+            state=NodeState.STARTING,
+            started_at=self._clock.now(),
+            listen=config.listen,
+            peer_listen=None,
+        )
+        self._board = Board(View(node=node))
+
+    async def run(self) -> int:
+        api = ApiServer(
+            self.config, self._board, clock=self._clock, rng=self._rng, recorder=self._recorder
+        )
+        host, port = api.bind()
+        self._set_node(listen=f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        stack = ServiceStack()
+        self._install_signals()
+        try:
+            await stack.start(api)
+            log.info("API listens on http://%s/v1", self._board.current.node.listen)
+            await self._start_rooms(stack, api)
+            self._set_node(state=NodeState.READY)
+            # What is alive now stays: full collections need not walk it again.
+            gc.collect()
+            gc.freeze()
+            await self._wait_for_end(stack)
+        finally:
+            await self._shut_down(stack, api)
+        return self._exit_code
+
+    # -- start ------------------------------------------------------------------------------------
+
+    async def _start_rooms(self, stack: ServiceStack, api: ApiServer) -> None:
+        # Imported here: the API answers before any of this is read from disk.
+        from meshd.api.admin import AdminServer, LoadBody, UnloadBody
+        from meshd.cache.references import model_id
+        from meshd.cache.weights import inspect
+        from meshd.peers.identity import load_or_create
+        from meshd.runtime.host import ModelHost, Rooms
+        from meshd.runtime.hosting import LoadOptions, WeightFacts
+        from meshd.runtime.orphans import end_orphans
+        from meshd.runtime.registry import Registry
+
+        config = self.config
+        await self._pool.run(end_orphans, config.run_dir)
+        identity = await self._pool.run(load_or_create, config.data_dir)
+        self._set_node(id=identity.node_id)
+        registry = Registry(config.cache_dir)
+        models_dir = config.cache_dir / "meshd" / "models"
+
+        def weight_facts(ref: str) -> WeightFacts:
+            weights = inspect(ref, models_dir)
+            return WeightFacts(
+                first_shard=str(weights.first_shard),
+                total_bytes=weights.total_bytes,
+                trained_context=weights.trained_context,
+                capabilities=weights.capabilities,
+                digest=weights.digest,
+                created_at=weights.created_at,
+            )
+
+        models = ModelHost(
+            config,
+            self._board,
+            Rooms(
+                find_engine=lambda: registry.find(config.runtime_dir),
+                inspect=weight_facts,
+                model_id=model_id,
+                wait_idle=api.wait_idle,
+                last_request_at=api.last_request_at,
+                always_listed={ModelId("builtin"): "builtin"},
+            ),
+            clock=self._clock,
+            rng=self._rng,
+            recorder=self._recorder,
+            pool=self._pool,
+        )
+
+        def load(body: LoadBody) -> ModelId:
+            return models.load(body.ref, LoadOptions(body.context, body.parallel))
+
+        def unload(body: UnloadBody) -> ModelId:
+            return models.unload(body.model, body.drain_s)
+
+        admin = AdminServer(
+            config.admin_socket,
+            load=load,
+            unload=unload,
+            status=api.status,
+            recorder=self._recorder,
+        )
+        await stack.start(models)
+        await stack.start(admin)
+        await stack.start(_Survey(self._board, self._pool))
+        for ref in config.model:
+            models.load(ref)
+
+    def _install_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled, number)
+
+    def _signalled(self, number: signal.Signals) -> None:
+        if self._stop.is_set():
+            log.info("%s again: ending without waiting for requests", number.name)
+            self._hurry.set()
+        else:
+            log.info("%s: draining for at most %.0f s", number.name, self.config.drain_s)
+            self._stop.set()
+
+    # -- end --------------------------------------------------------------------------------------
+
+    async def _wait_for_end(self, stack: ServiceStack) -> None:
+        told = asyncio.create_task(self._stop.wait(), name="node:told to stop")
+        try:
+            await asyncio.wait({told, stack.failed}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            told.cancel()
+        if stack.failed.done():
+            error = stack.failed.exception()
+            log.critical("a service failed; stopping", exc_info=error)
+            self._write_flight()
+            self._exit_code = 1
+
+    async def _shut_down(self, stack: ServiceStack, api: ApiServer) -> None:
+        self._set_node(state=NodeState.DRAINING)
+        if self._exit_code == 0:
+            await self._drain(api)
+        api.hurry()
+        await stack.stop()
+        self._pool.close()
+        log.info("stopped")
+
+    async def _drain(self, api: ApiServer) -> None:
+        """Until no request is in flight, `drain_s` passed, or a second signal came."""
+        idle = asyncio.create_task(api.wait_all_idle(), name="node:idle")
+        hurry = asyncio.create_task(self._hurry.wait(), name="node:hurry")
+        done, pending = await asyncio.wait(
+            {idle, hurry}, timeout=self.config.drain_s, return_when=asyncio.FIRST_COMPLETED
+        )
+        for task in pending:
+            task.cancel()
+        if idle not in done:
+            log.warning("ending with %d requests in flight", api.inflight_total())
+
+    def _write_flight(self) -> None:
+        path = self.config.log_dir / "flight.txt"
+        try:
+            path.write_text(self._recorder.render())
+        except OSError as error:
+            log.warning("the flight record could not be written to %s: %s", path, error)
+        else:
+            log.critical("events and effects up to the failure: %s", path)
+
+    def _set_node(self, **changes: object) -> None:
+        view = self._board.current
+        self._board.publish(replace(view, node=replace(view.node, **changes)))  # type: ignore[arg-type]
+
+
+class _Survey(Service):
+    """Looks at devices and disk now and then, for status; nothing is decided from it."""
+
+    name = "survey"
+
+    def __init__(self, board: Board[View], pool: Pool) -> None:
+        super().__init__()
+        self._board = board
+        self._pool = pool
+
+    async def main(self) -> None:
+        from meshd.cache.usage import read_usage
+        from meshd.runtime.devices import read_devices
+
+        self.ready.set()
+        while not self.stopping.is_set():
+            try:
+                devices = await self._pool.run(read_devices)
+                cache = await self._pool.run(read_usage)
+            except MeshdError as error:
+                log.warning("%s", error.message)
+            else:
+                view = self._board.current
+                self._board.publish(replace(view, devices=devices, cache=cache))
+            await _wait_at_most(self.stopping, SURVEY_INTERVAL_S)
+
+
+async def _wait_at_most(event: asyncio.Event, seconds: float) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        pass
+
+
+def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
+    if sys.implementation.name != "cpython":
+        return None
+    import uvloop
+
+    return uvloop.Loop  # type: ignore[no-any-return]

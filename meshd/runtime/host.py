@@ -1,0 +1,286 @@
+"""The shell around `Hosting`: runs its orders with real weights, engines and supervisors.
+
+Publishes `View.models` and `View.runtime`. What is in other rooms comes in as callables that
+node.py wires.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import assert_never
+
+from meshd.config import Config
+from meshd.errors import InvalidRequest, MeshdError, ModelNotFound
+from meshd.ids import InstanceId, ModelId
+from meshd.kernel import Board, Clock, Driver, FlightRecorder, Pool, Service
+from meshd.runtime.child import ChildState
+from meshd.runtime.hosting import (
+    AcceptLoad,
+    Effect,
+    EngineFound,
+    EngineNotFound,
+    EngineReported,
+    Entry,
+    Event,
+    FindEngine,
+    Hosting,
+    InspectWeights,
+    LoadAsked,
+    LoadOptions,
+    RefuseLoad,
+    StartEngine,
+    StopEngine,
+    UnloadAsked,
+    WeightFacts,
+    WeightsAccepted,
+    WeightsRejected,
+)
+from meshd.runtime.launch import LaunchSpec
+from meshd.runtime.registry import RuntimeRecord
+from meshd.runtime.supervisor import EngineReport, EngineSupervisor
+from meshd.view import HostView, ModelState, ModelView, Target, View
+
+log = logging.getLogger(__name__)
+
+DEFAULT_CONTEXT_LIMIT = 8192
+"""Tokens per slot when nobody asks for more: the context a model was trained for can need more
+memory than its weights, and it is divided among slots that are all paid for at once."""
+DEFAULT_PARALLEL = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Rooms:
+    """What hosting needs of other rooms. The blocking ones are called in a pool."""
+
+    find_engine: Callable[[], RuntimeRecord]
+    inspect: Callable[[str], WeightFacts]
+    """REF to facts; raises MeshdError with words when the weights cannot be used."""
+    model_id: Callable[[str], ModelId]
+    """REF to the name clients use; raises BadReference."""
+    wait_idle: Callable[[InstanceId], Awaitable[None]]
+    last_request_at: Callable[[InstanceId], float | None]
+    always_listed: Mapping[ModelId, str]
+    """Models that can be loaded any time, with their REFs."""
+
+
+class ModelHost(Service):
+    name = "models"
+
+    def __init__(
+        self,
+        config: Config,
+        board: Board[View],
+        rooms: Rooms,
+        *,
+        clock: Clock,
+        rng: random.Random,
+        recorder: FlightRecorder,
+        pool: Pool,
+    ) -> None:
+        super().__init__()
+        # An engine may use its drain, its grace and a moment to be reaped.
+        self.stop_limit_s = config.engine.stop_grace_s + 5.0
+        self._config = config
+        self._board = board
+        self._rooms = rooms
+        self._clock = clock
+        self._rng = rng
+        self._recorder = recorder
+        self._pool = pool
+        self._machine = Hosting(restart_drain_s=config.drain_s)
+        self._driver: Driver[Event, Effect] = Driver(
+            "hosting", self._machine, self._run, clock=clock, recorder=recorder
+        )
+        self._engines: dict[ModelId, EngineSupervisor] = {}
+        self._binary: Path | None = None
+        self._tickets = itertools.count(1)
+        self._refusals: dict[int, str] = {}
+        self._publish()
+
+    # -- asked from outside -----------------------------------------------------------------------
+
+    def load(self, ref: str, options: LoadOptions = LoadOptions()) -> ModelId:  # noqa: B008 (frozen)
+        """Start loading; what becomes of it is in the view. Raises BadReference, InvalidRequest."""
+        model = self._rooms.model_id(ref)
+        ticket = next(self._tickets)
+        self._post(LoadAsked(ticket, model, ref, options))
+        refusal = self._refusals.pop(ticket, None)
+        if refusal is not None:
+            raise InvalidRequest(refusal, param="ref")
+        return model
+
+    def unload(self, name: str, drain_s: float | None) -> ModelId:
+        """Stop the model called `name`, or loaded from that REF. Raises ModelNotFound."""
+        for entry in self._machine.entries.values():
+            if name in (entry.model, entry.ref):
+                drain = self._config.drain_s if drain_s is None else drain_s
+                self._post(UnloadAsked(entry.model, drain))
+                return entry.model
+        loaded = ", ".join(self._machine.entries) or "none"
+        raise ModelNotFound(f"no model `{name}` is loaded here; loaded are: {loaded}")
+
+    # -- service ----------------------------------------------------------------------------------
+
+    async def main(self) -> None:
+        self.ready.set()
+        await self.stopping.wait()
+        stopping = tuple(self._engines)
+        for model in stopping:
+            self._post(UnloadAsked(model, 0.0))
+        while self._engines:
+            await next(iter(self._engines.values())).wait_stopped()
+        self._driver.close()
+
+    def _post(self, event: Event) -> None:
+        self._driver.post(event)
+        self._publish()
+
+    def _run(self, effect: Effect) -> None:
+        match effect:
+            case AcceptLoad():
+                pass
+            case RefuseLoad():
+                self._refusals[effect.ticket] = effect.reason
+            case InspectWeights():
+                self.spawn(self._inspect(effect), name=f"inspect {effect.model}")
+            case FindEngine():
+                self.spawn(self._find_engine(), name="find engine")
+            case StartEngine():
+                self._start(effect)
+            case StopEngine():
+                self._engines[effect.model].stop(effect.drain_s)
+            case _:
+                assert_never(effect)
+
+    async def _inspect(self, effect: InspectWeights) -> None:
+        try:
+            facts = await self._pool.run(self._rooms.inspect, effect.ref)
+        except MeshdError as error:
+            log.warning("model %s cannot be loaded: %s", effect.model, error.message)
+            self._post(WeightsRejected(effect.model, effect.inspection, error.message))
+        else:
+            self._post(WeightsAccepted(effect.model, effect.inspection, facts))
+
+    async def _find_engine(self) -> None:
+        try:
+            record = await self._pool.run(self._rooms.find_engine)
+        except MeshdError as error:
+            log.warning("no engine: %s", error.message)
+            self._post(EngineNotFound(error.message))
+            return
+        self._binary = Path(record.server_path)
+        log.info("engine %s: %s at %s", record.id, record.build, record.server_path)
+        self._board.publish(replace(self._board.current, runtime=record.to_view()))
+        self._post(EngineFound())
+
+    def _start(self, effect: StartEngine) -> None:
+        assert self._binary is not None, "StartEngine comes after EngineFound"
+        settings = self._config.engine
+        options, facts = effect.options, effect.facts
+        trained = facts.trained_context or DEFAULT_CONTEXT_LIMIT
+        spec = LaunchSpec(
+            model=effect.model,
+            weights=facts.first_shard,
+            context=options.context or settings.context or min(trained, DEFAULT_CONTEXT_LIMIT),
+            parallel=options.parallel or settings.parallel or DEFAULT_PARALLEL,
+            threads=settings.threads,
+            extra=settings.extra_args,
+        )
+        supervisor = EngineSupervisor(
+            effect.model,
+            spec,
+            self._binary,
+            settings=settings,
+            run_dir=self._config.run_dir,
+            log_dir=self._config.log_dir,
+            clock=self._clock,
+            rng=self._rng,
+            recorder=self._recorder,
+            spawn_task=self.spawn,
+            wait_idle=self._rooms.wait_idle,
+            last_request_at=self._rooms.last_request_at,
+            on_report=self._engine_reported,
+        )
+        self._engines[effect.model] = supervisor
+        supervisor.start()
+
+    def _engine_reported(self, report: EngineReport) -> None:
+        state = _MODEL_STATE[report.state]
+        if report.state is ChildState.STOPPED:
+            self._engines.pop(report.model, None)
+        self._post(EngineReported(report.model, state, report.reason))
+
+    # -- view -------------------------------------------------------------------------------------
+
+    def _publish(self) -> None:
+        models = {m: self._model_view(entry) for m, entry in self._machine.entries.items()}
+        for model, ref in self._rooms.always_listed.items():
+            if model not in models:
+                reason = f"not loaded; `meshd load {ref}` loads it"
+                models[model] = ModelView(model, ref, ModelState.ABSENT, reason)
+        ordered = MappingProxyType(dict(sorted(models.items())))
+        self._board.publish(replace(self._board.current, models=ordered))
+
+    def _model_view(self, entry: Entry) -> ModelView:
+        facts, now = entry.facts, self._clock.now()
+        engine = self._engines.get(entry.model)
+        report = engine.report if engine is not None else None
+        hosts: tuple[HostView, ...] = ()
+        targets: tuple[Target, ...] = ()
+        retry_at = entry.retry_at
+        if report is not None:
+            retry_at = report.retry_at or retry_at
+            hosts = (self._host_view(entry, report),)
+            if entry.state is ModelState.READY and report.instance and report.socket_path:
+                node = self._board.current.node.name
+                targets = (
+                    Target(entry.model, node, report.instance, report.socket_path, report.slots),
+                )
+        reason = entry.reason if entry.state is not ModelState.READY else None
+        if report is not None and report.degraded and entry.state is ModelState.READY:
+            reason = f"degraded: {report.degraded}"
+        return ModelView(
+            id=entry.model,
+            ref=entry.ref,
+            state=entry.state,
+            reason=reason,
+            progress=report.progress if report is not None else None,
+            retry_after_s=max(1.0, retry_at - now) if retry_at is not None else None,
+            digest=facts.digest if facts else None,
+            context_length=report.context_length if report is not None else None,
+            capabilities=facts.capabilities if facts else (),
+            created_at=facts.created_at if facts else 0,
+            evidence=report.evidence if report is not None else (),
+            hosts=hosts,
+            targets=targets,
+        )
+
+    def _host_view(self, entry: Entry, report: EngineReport) -> HostView:
+        node = self._board.current.node
+        return HostView(
+            node=node.name,
+            node_id=node.id,
+            epoch=1,
+            state=entry.state,
+            context_length=report.context_length,
+            slots=report.slots,
+            slots_free=report.slots,
+            bytes_on_disk=entry.facts.total_bytes if entry.facts else 0,
+        )
+
+
+_MODEL_STATE = {
+    ChildState.STOPPED: ModelState.ABSENT,
+    ChildState.STARTING: ModelState.LOADING,
+    ChildState.READY: ModelState.READY,
+    ChildState.DRAINING: ModelState.DRAINING,
+    ChildState.STOPPING: ModelState.DRAINING,
+    ChildState.BACKOFF: ModelState.LOADING,
+    ChildState.FAILED: ModelState.FAILED,
+}

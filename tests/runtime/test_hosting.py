@@ -1,0 +1,283 @@
+"""Which models a node runs: every rule of `meshd.runtime.hosting`, with literal times."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from meshd.ids import ModelId
+from meshd.kernel.machine import Tick
+from meshd.runtime.hosting import (
+    ENGINE_RECHECK_S,
+    WEIGHTS_RECHECK_S,
+    AcceptLoad,
+    Effect,
+    EngineFound,
+    EngineNotFound,
+    EngineReported,
+    FindEngine,
+    Hosting,
+    InspectWeights,
+    LoadAsked,
+    LoadOptions,
+    RefuseLoad,
+    StartEngine,
+    StopEngine,
+    UnloadAsked,
+    WeightFacts,
+    WeightsAccepted,
+    WeightsRejected,
+)
+from meshd.view import ModelState
+
+M = ModelId("m")
+REF = "/models/m.gguf"
+FACTS = WeightFacts(REF, 5_000_000, 4096, ("completion",), None, 0)
+
+
+@pytest.fixture
+def hosting() -> Hosting:
+    return Hosting(restart_drain_s=30.0)
+
+
+def state(hosting: Hosting) -> ModelState:
+    return hosting.entries[M].state
+
+
+def serve(hosting: Hosting) -> None:
+    """Bring `M` to READY at time 0."""
+    hosting.handle(EngineFound(), 0.0)
+    hosting.handle(LoadAsked(1, M, REF), 0.0)
+    hosting.handle(WeightsAccepted(M, 1, FACTS), 0.0)
+    hosting.handle(EngineReported(M, ModelState.READY), 0.0)
+    assert state(hosting) is ModelState.READY
+
+
+def test_a_load_starts_with_the_weights(hosting: Hosting) -> None:
+    hosting.handle(EngineFound(), 0.0)
+    assert hosting.handle(LoadAsked(7, M, REF), 0.0) == [AcceptLoad(7), InspectWeights(M, REF, 1)]
+    assert state(hosting) is ModelState.VERIFYING
+    assert hosting.handle(WeightsAccepted(M, 1, FACTS), 0.1) == [
+        StartEngine(M, FACTS, LoadOptions())
+    ]
+    assert state(hosting) is ModelState.LOADING
+    assert hosting.handle(EngineReported(M, ModelState.READY), 0.2) == []
+    assert state(hosting) is ModelState.READY
+    assert hosting.due() is None
+
+
+def test_an_answer_of_an_earlier_inspection_is_of_the_past(hosting: Hosting) -> None:
+    hosting.handle(EngineFound(), 0.0)
+    hosting.handle(LoadAsked(1, M, "/old/m.gguf"), 0.0)
+    hosting.handle(UnloadAsked(M, 0.0), 0.0)
+    hosting.handle(LoadAsked(2, M, REF), 0.0)
+    assert hosting.handle(WeightsAccepted(M, 1, FACTS), 0.1) == []
+    assert hosting.handle(WeightsRejected(M, 1, "gone"), 0.1) == []
+    assert state(hosting) is ModelState.VERIFYING
+
+
+def test_without_an_engine_the_model_waits_and_says_why(hosting: Hosting) -> None:
+    hosting.handle(LoadAsked(1, M, REF), 0.0)
+    assert hosting.handle(WeightsAccepted(M, 1, FACTS), 0.0) == [FindEngine()]
+    assert state(hosting) is ModelState.WAITING
+    assert hosting.handle(EngineNotFound("build one"), 1.0) == []
+    assert hosting.entries[M].reason == "build one"
+    assert hosting.due() == 1.0 + ENGINE_RECHECK_S
+    assert hosting.handle(Tick(), 1.0 + ENGINE_RECHECK_S) == [FindEngine()]
+    assert hosting.due() is None
+    assert hosting.handle(EngineFound(), 20.0) == [StartEngine(M, FACTS, LoadOptions())]
+
+
+def test_a_second_waiting_model_does_not_look_for_the_engine_again(hosting: Hosting) -> None:
+    other = ModelId("other")
+    hosting.handle(EngineNotFound("build one"), 0.0)
+    hosting.handle(LoadAsked(1, other, "/o.gguf"), 0.0)
+    assert hosting.handle(WeightsAccepted(other, 1, FACTS), 0.0) == []
+    assert hosting.entries[other].state is ModelState.WAITING
+
+
+def test_refused_weights_fail_and_are_looked_at_again(hosting: Hosting) -> None:
+    hosting.handle(EngineFound(), 0.0)
+    hosting.handle(LoadAsked(1, M, REF), 0.0)
+    hosting.handle(WeightsRejected(M, 1, "shard 3 is missing"), 10.0)
+    assert (state(hosting), hosting.entries[M].reason) == (ModelState.FAILED, "shard 3 is missing")
+    assert hosting.due() == 10.0 + WEIGHTS_RECHECK_S
+    assert hosting.handle(Tick(), 39.0) == []
+    assert hosting.handle(Tick(), 40.0) == [InspectWeights(M, REF, 2)]
+    assert state(hosting) is ModelState.FAILED
+    assert hosting.due() is None
+    hosting.handle(WeightsRejected(M, 2, "still missing"), 41.0)
+    assert hosting.entries[M].reason == "still missing"
+    hosting.handle(Tick(), 71.0)
+    assert hosting.handle(WeightsAccepted(M, 3, FACTS), 72.0) == [
+        StartEngine(M, FACTS, LoadOptions())
+    ]
+
+
+def test_a_load_retries_refused_weights_at_once(hosting: Hosting) -> None:
+    hosting.handle(LoadAsked(1, M, REF), 0.0)
+    hosting.handle(WeightsRejected(M, 1, "missing"), 0.0)
+    assert hosting.handle(LoadAsked(2, M, REF), 1.0) == [AcceptLoad(2), InspectWeights(M, REF, 2)]
+    assert state(hosting) is ModelState.VERIFYING
+
+
+def test_a_load_of_a_ready_model_changes_nothing(hosting: Hosting) -> None:
+    serve(hosting)
+    assert hosting.handle(LoadAsked(2, M, REF), 1.0) == [AcceptLoad(2)]
+    assert state(hosting) is ModelState.READY
+
+
+def test_other_options_restart_the_engine(hosting: Hosting) -> None:
+    serve(hosting)
+    more = LoadOptions(context=8192)
+    assert hosting.handle(LoadAsked(2, M, REF, more), 1.0) == [AcceptLoad(2), StopEngine(M, 30.0)]
+    assert state(hosting) is ModelState.DRAINING
+    assert hosting.handle(EngineReported(M, ModelState.DRAINING), 1.1) == []
+    assert hosting.handle(EngineReported(M, ModelState.ABSENT), 2.0) == [InspectWeights(M, REF, 2)]
+    assert hosting.handle(WeightsAccepted(M, 2, FACTS), 2.1) == [StartEngine(M, FACTS, more)]
+
+
+def test_a_name_has_one_set_of_weights(hosting: Hosting) -> None:
+    serve(hosting)
+    effects = hosting.handle(LoadAsked(2, M, "/elsewhere/m.gguf"), 1.0)
+    assert [type(e) for e in effects] == [RefuseLoad]
+    assert REF in effects[0].reason  # type: ignore[union-attr]
+    assert state(hosting) is ModelState.READY
+
+
+def test_an_engine_that_gave_up_is_ended_before_the_retry(hosting: Hosting) -> None:
+    serve(hosting)
+    hosting.handle(EngineReported(M, ModelState.FAILED, "5 crashes in 10 min"), 5.0)
+    assert hosting.entries[M].reason == "5 crashes in 10 min"
+    assert hosting.handle(LoadAsked(2, M, REF), 6.0) == [AcceptLoad(2), StopEngine(M, 0.0)]
+    assert hosting.handle(EngineReported(M, ModelState.ABSENT), 6.1) == [InspectWeights(M, REF, 2)]
+
+
+def test_unload_stops_the_engine_and_forgets(hosting: Hosting) -> None:
+    serve(hosting)
+    assert hosting.handle(UnloadAsked(M, 9.0), 1.0) == [StopEngine(M, 9.0)]
+    assert state(hosting) is ModelState.DRAINING
+    assert hosting.handle(EngineReported(M, ModelState.ABSENT), 2.0) == []
+    assert dict(hosting.entries) == {}
+
+
+def test_unload_before_an_engine_forgets_at_once(hosting: Hosting) -> None:
+    hosting.handle(LoadAsked(1, M, REF), 0.0)
+    assert hosting.handle(UnloadAsked(M, 9.0), 0.0) == []
+    assert dict(hosting.entries) == {}
+    assert hosting.handle(UnloadAsked(M, 9.0), 0.0) == []
+
+
+def test_a_load_while_unloading_wins(hosting: Hosting) -> None:
+    serve(hosting)
+    hosting.handle(UnloadAsked(M, 9.0), 1.0)
+    assert hosting.handle(LoadAsked(2, M, REF), 1.5) == [AcceptLoad(2), StopEngine(M, 30.0)]
+    assert hosting.handle(EngineReported(M, ModelState.ABSENT), 2.0) == [InspectWeights(M, REF, 2)]
+
+
+def test_reports_about_engines_that_were_never_started_are_ignored(hosting: Hosting) -> None:
+    assert hosting.handle(EngineReported(M, ModelState.READY), 0.0) == []
+    hosting.handle(LoadAsked(1, M, REF), 0.0)
+    assert hosting.handle(EngineReported(M, ModelState.READY), 0.0) == []
+    assert state(hosting) is ModelState.VERIFYING
+
+
+MODELS = [ModelId("a"), ModelId("b")]
+REFS = ["/1/x.gguf", "/2/x.gguf"]
+
+
+class HostingRules(RuleBasedStateMachine):
+    """Any order of events keeps one engine a model and answers every load once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.machine = Hosting(restart_drain_s=30.0)
+        self.now = 0.0
+        self.tickets = 0
+        self.engines: set[ModelId] = set()
+        self.inspections: list[InspectWeights] = []
+
+    def post(self, effects: list[Effect], ticket: int | None = None) -> None:
+        answers = 0
+        for effect in effects:
+            match effect:
+                case AcceptLoad() | RefuseLoad():
+                    assert effect.ticket == ticket
+                    answers += 1
+                case StartEngine():
+                    assert effect.model not in self.engines
+                    self.engines.add(effect.model)
+                case StopEngine():
+                    assert effect.model in self.engines
+                case InspectWeights():
+                    self.inspections.append(effect)
+        assert answers == (ticket is not None)
+
+    @rule(
+        model=st.sampled_from(MODELS),
+        ref=st.sampled_from(REFS),
+        options=st.sampled_from([LoadOptions(), LoadOptions(context=512)]),
+    )
+    def load(self, model: ModelId, ref: str, options: LoadOptions) -> None:
+        self.tickets += 1
+        event = LoadAsked(self.tickets, model, ref, options)
+        self.post(self.machine.handle(event, self.now), self.tickets)
+
+    @rule(model=st.sampled_from(MODELS))
+    def unload(self, model: ModelId) -> None:
+        self.post(self.machine.handle(UnloadAsked(model, 1.0), self.now))
+
+    @rule(data=st.data(), good=st.booleans())
+    def inspected(self, data: st.DataObject, good: bool) -> None:
+        if self.inspections:
+            i = self.inspections.pop(data.draw(st.integers(0, len(self.inspections) - 1)))
+            if good:
+                facts = WeightFacts(i.ref, 1, None, (), None, 0)
+                self.post(
+                    self.machine.handle(WeightsAccepted(i.model, i.inspection, facts), self.now)
+                )
+            else:
+                self.post(
+                    self.machine.handle(WeightsRejected(i.model, i.inspection, "no"), self.now)
+                )
+
+    @rule(found=st.booleans())
+    def engine(self, found: bool) -> None:
+        event = EngineFound() if found else EngineNotFound("none")
+        self.post(self.machine.handle(event, self.now))
+
+    @rule(
+        model=st.sampled_from(MODELS),
+        state=st.sampled_from(
+            [ModelState.LOADING, ModelState.READY, ModelState.DRAINING, ModelState.FAILED]
+        ),
+    )
+    def report(self, model: ModelId, state: ModelState) -> None:
+        if model in self.engines:
+            self.post(self.machine.handle(EngineReported(model, state, "r"), self.now))
+
+    @rule(model=st.sampled_from(MODELS))
+    def stopped(self, model: ModelId) -> None:
+        if model in self.engines:
+            self.engines.remove(model)
+            self.post(self.machine.handle(EngineReported(model, ModelState.ABSENT), self.now))
+
+    @rule(seconds=st.floats(0.0, 60.0))
+    def time(self, seconds: float) -> None:
+        self.now += seconds
+        self.post(self.machine.handle(Tick(), self.now))
+        due = self.machine.due()
+        assert due is None or due > self.now
+
+    @invariant()
+    def engines_are_known(self) -> None:
+        assert self.engines == {m for m, e in self.machine.entries.items() if e.engine}
+
+    @invariant()
+    def what_is_not_ready_says_why(self) -> None:
+        for entry in self.machine.entries.values():
+            assert entry.state is ModelState.READY or entry.reason
+
+
+TestHostingRules = HostingRules.TestCase
