@@ -63,7 +63,7 @@ class EngineSettings(Section):
     """[engine]: llama-server processes."""
 
     context: int | None = Field(None, ge=128)
-    """Tokens of context per slot; None takes what the model was trained for, at most 32,768."""
+    """Tokens of context per slot; None takes what the model was trained for, at most 8,192."""
     parallel: int | None = Field(None, ge=1, le=1024)
     """Slots; None leaves it at 4. More slots share the memory of the context."""
     threads: int | None = Field(None, ge=1)
