@@ -1,0 +1,382 @@
+"""The life of one engine process: a pure machine.
+
+Rules, numbered as in the code:
+
+1. At most one process lives: a spawn is ordered only when the one before has exited.
+2. A start has no total limit. It fails when nothing moved for `start_silence_s`, and at once on a
+   deterministic fault when the process has exited.
+3. READY needs a passed startup probe: health, identity, slots, one generated token.
+4. A ready process is probed every `probe_interval_s`. It is hung when neither a probe nor any
+   progress said otherwise for `hang_after_s`, and when an idle one fails its canary.
+5. A process that ended unasked is started again after a back-off, `restart_budget` times within
+   `restart_window_s`; then, or at once when memory was short, one rung smaller with a fresh
+   budget; and when there is no smaller rung the child has FAILED.
+6. A deterministic fault is FAILED at once: trying again would only repeat it.
+7. A stop drains, then sends TERM, then KILL after `stop_grace_s`, and KILL again until it is gone.
+   A second stop can only shorten the wait.
+8. FAILED ends by StartAsked (a fresh budget, the spec as first asked for) or StopAsked.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import assert_never
+
+from meshd.kernel.machine import Tick
+from meshd.runtime.child_events import (
+    Announce,
+    AwaitDrain,
+    ChildState,
+    Drained,
+    Effect,
+    EngineFacts,
+    Event,
+    Exited,
+    FaultSeen,
+    Force,
+    Probe,
+    ProbeFailed,
+    ProbeKind,
+    ProbeNotYet,
+    ProbePassed,
+    Progressed,
+    SendSignal,
+    Spawn,
+    Spawned,
+    SpawnFailed,
+    StartAsked,
+    StopAsked,
+)
+from meshd.runtime.degrade import next_rung
+from meshd.runtime.faults import Fault, worse
+from meshd.runtime.launch import LaunchSpec
+
+FIRST_BACKOFF_S = 0.5
+LONGEST_BACKOFF_S = 30.0
+STARTUP_PROBE_S = 0.02
+"""First wait between startup probes; grows by half to `SLOWEST_STARTUP_PROBE_S`."""
+SLOWEST_STARTUP_PROBE_S = 0.5
+KILL_AGAIN_S = 2.0
+
+_S = ChildState
+TRANSITIONS: Mapping[ChildState, frozenset[ChildState]] = MappingProxyType(
+    {
+        _S.STOPPED: frozenset({_S.STARTING}),
+        _S.STARTING: frozenset({_S.READY, _S.STOPPING, _S.BACKOFF, _S.FAILED}),
+        _S.READY: frozenset({_S.DRAINING, _S.STOPPING, _S.STARTING, _S.BACKOFF, _S.FAILED}),
+        _S.DRAINING: frozenset({_S.STOPPING, _S.STOPPED}),
+        _S.STOPPING: frozenset({_S.STOPPED, _S.STARTING, _S.BACKOFF, _S.FAILED}),
+        _S.BACKOFF: frozenset({_S.STARTING, _S.STOPPED}),
+        _S.FAILED: frozenset({_S.STARTING, _S.STOPPED}),
+    }
+)
+"""Every legal change of state; STARTING to itself (a smaller rung at once) is no change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The times and limits of `[engine]`; seconds."""
+
+    start_silence_s: float
+    probe_interval_s: float
+    hang_after_s: float
+    canary_interval_s: float
+    stop_grace_s: float
+    restart_budget: int
+    restart_window_s: float
+
+
+class Child:
+    """See the module's docstring. Public attributes are for reading."""
+
+    def __init__(self, spec: LaunchSpec, policy: Policy) -> None:
+        self.state = ChildState.STOPPED
+        self.reason: str | None = None
+        self.generation = 0
+        self.pid: int | None = None
+        self.facts: EngineFacts | None = None
+        self.degraded: str | None = None
+        """What was given up so far, in words."""
+        self.retry_at: float | None = None
+        """When a BACKOFF ends."""
+        self._asked = spec
+        self._spec = spec
+        self._policy = policy
+        self._alive = False
+        self._fault: Fault | None = None
+        self._kill_reason: str | None = None
+        """Set when the process is being ended because something is wrong with it."""
+        self._restarts: deque[float] = deque()
+        self._silent_at = 0.0
+        self._probe_at: float | None = None
+        self._probe_wait = STARTUP_PROBE_S
+        self._canary_at = 0.0
+        self._canary_runs = False
+        self._stop_at: float | None = None
+        """DRAINING: when TERM is due. STOPPING: when (the next) KILL is."""
+        self._out: list[Effect] = []
+
+    def due(self) -> float | None:
+        match self.state:
+            case ChildState.STARTING:
+                return _earliest(self._probe_at, self._silent_at)
+            case ChildState.READY:
+                return _earliest(self._probe_at, self._silent_at)
+            case ChildState.DRAINING | ChildState.STOPPING:
+                return self._stop_at
+            case ChildState.BACKOFF:
+                return self.retry_at
+            case ChildState.STOPPED | ChildState.FAILED:
+                return None
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        self._out = []
+        match event:
+            case StartAsked():
+                self._start(now)
+            case StopAsked():
+                self._stop(event.drain_s, now)
+            case Tick():
+                self._tick(now)
+            case _:
+                if event.generation == self.generation and self._alive:
+                    self._of_process(event, now)
+        return self._out
+
+    def _of_process(
+        self,
+        event: Spawned
+        | SpawnFailed
+        | Progressed
+        | FaultSeen
+        | ProbePassed
+        | ProbeNotYet
+        | ProbeFailed
+        | Drained
+        | Exited,
+        now: float,
+    ) -> None:
+        match event:
+            case Spawned():
+                self.pid = event.pid
+            case SpawnFailed():
+                self._ended(event.reason, now)
+            case Progressed():
+                self._moved(now)
+            case FaultSeen():
+                self._fault = worse(self._fault, event.fault)
+            case ProbePassed():
+                self._passed(event, now)
+            case ProbeNotYet():
+                self._not_yet(now)
+            case ProbeFailed():
+                self._probe_failed(event, now)
+            case Drained():
+                if self.state is ChildState.DRAINING:
+                    self._end_process(now, None)
+            case Exited():
+                self._ended(_describe_exit(event.status), now)
+            case _:
+                assert_never(event)
+
+    # -- start and stop ---------------------------------------------------------------------------
+
+    def _start(self, now: float) -> None:
+        if self.state in (ChildState.STOPPED, ChildState.FAILED):  # 1, 8
+            self._spec, self.degraded = self._asked, None
+            self._restarts.clear()
+            self._spawn(now, "starting the engine")
+
+    def _spawn(self, now: float, reason: str) -> None:
+        self.generation += 1
+        self._alive = True
+        self.pid, self.facts, self.retry_at = None, None, None
+        self._fault, self._kill_reason = None, None
+        self._silent_at = now + self._policy.start_silence_s
+        self._probe_wait = STARTUP_PROBE_S
+        self._probe_at = now + self._probe_wait
+        self._canary_runs = False
+        self._become(ChildState.STARTING, reason)
+        self._out.append(Spawn(self.generation, self._spec))
+
+    def _stop(self, drain_s: float, now: float) -> None:  # 7
+        match self.state:
+            case ChildState.READY:
+                self._stop_at = now + drain_s
+                self._become(ChildState.DRAINING, "finishing the requests in flight")
+                self._out.append(AwaitDrain(self.generation))
+                if drain_s == 0:
+                    self._end_process(now, None)
+            case ChildState.DRAINING:
+                self._stop_at = min(self._stop_at or now, now + drain_s)
+                if drain_s == 0:
+                    self._end_process(now, None)
+            case ChildState.STARTING:
+                self._end_process(now, None)
+            case ChildState.STOPPING:
+                self._kill_reason = None  # whatever was wrong with it, it is not wanted any more
+            case ChildState.BACKOFF | ChildState.FAILED:
+                self._become(ChildState.STOPPED, None)
+            case ChildState.STOPPED:
+                self._out.append(Announce(ChildState.STOPPED, None))
+
+    def _end_process(self, now: float, kill_reason: str | None) -> None:
+        """TERM now, KILL later. `kill_reason`: it is ended for a fault and counts as failed."""
+        self._kill_reason = kill_reason
+        self._stop_at = now + self._policy.stop_grace_s
+        self._become(ChildState.STOPPING, kill_reason or "stopping the engine")
+        self._out.append(SendSignal(self.generation, Force.TERM))
+
+    def _kill_hung(self, now: float, reason: str) -> None:
+        """A process that does not answer will not follow a TERM either."""
+        self._kill_reason = reason
+        self._stop_at = now + KILL_AGAIN_S
+        self._become(ChildState.STOPPING, reason)
+        self._out.append(SendSignal(self.generation, Force.KILL))
+
+    # -- what the process does --------------------------------------------------------------------
+
+    def _moved(self, now: float) -> None:
+        if self.state is ChildState.STARTING:
+            self._silent_at = now + self._policy.start_silence_s
+        elif self.state is ChildState.READY:
+            self._silent_at = now + self._policy.hang_after_s
+
+    def _passed(self, event: ProbePassed, now: float) -> None:
+        policy = self._policy
+        if self.state is ChildState.STARTING and event.kind is ProbeKind.STARTUP:  # 3
+            self.facts = event.facts
+            self._silent_at = now + policy.hang_after_s
+            self._probe_at = now + policy.probe_interval_s
+            self._canary_at = now + policy.canary_interval_s
+            self._become(ChildState.READY, None)
+            return
+        if self.state is not ChildState.READY:
+            return
+        self._silent_at = now + policy.hang_after_s
+        if event.kind is ProbeKind.CANARY:
+            self._canary_runs = False
+            self._canary_at = now + policy.canary_interval_s
+            return
+        self._probe_at = now + policy.probe_interval_s
+        wanted = policy.canary_interval_s > 0 and not self._canary_runs
+        if wanted and now >= self._canary_at and event.idle_s >= policy.canary_interval_s:  # 4
+            self._canary_runs = True
+            self._out.append(Probe(self.generation, ProbeKind.CANARY))
+
+    def _not_yet(self, now: float) -> None:
+        if self.state is ChildState.STARTING:
+            self._probe_wait = min(self._probe_wait * 1.5, SLOWEST_STARTUP_PROBE_S)
+            self._probe_at = now + self._probe_wait
+        elif self.state is ChildState.READY:
+            self._probe_at = now + self._policy.probe_interval_s
+
+    def _probe_failed(self, event: ProbeFailed, now: float) -> None:
+        if self.state is ChildState.STARTING:
+            if event.final:
+                self._end_process(now, event.reason)
+            else:
+                self._not_yet(now)
+        elif self.state is ChildState.READY:
+            if event.kind is ProbeKind.CANARY:  # 4
+                self._kill_hung(now, f"the idle engine failed its canary: {event.reason}")
+            else:
+                self._probe_at = now + self._policy.probe_interval_s
+
+    def _ended(self, how: str, now: float) -> None:
+        self._alive, self.pid = False, None
+        self._probe_at = self._stop_at = None
+        if self.state in (ChildState.STOPPING, ChildState.DRAINING) and self._kill_reason is None:
+            self.facts = None
+            self._become(ChildState.STOPPED, None)
+            return
+        self.facts = None
+        fault = self._fault
+        reason = fault.message if fault is not None else self._kill_reason or f"the engine {how}"
+        if fault is not None and fault.deterministic:  # 6
+            self._become(ChildState.FAILED, reason)
+        elif fault is not None and fault.out_of_memory:  # 5
+            self._degrade(reason, now)
+        else:
+            self._restart(reason, now)
+
+    def _restart(self, reason: str, now: float) -> None:  # 5
+        policy = self._policy
+        while self._restarts and self._restarts[0] <= now - policy.restart_window_s:
+            self._restarts.popleft()
+        count = len(self._restarts)
+        if count >= policy.restart_budget:
+            self._degrade(
+                f"{reason} ({count + 1} times within {policy.restart_window_s:.0f} s)", now
+            )
+            return
+        self._restarts.append(now)
+        wait = min(FIRST_BACKOFF_S * 2**count, LONGEST_BACKOFF_S)
+        self.retry_at = now + wait
+        self._become(ChildState.BACKOFF, f"{reason}; starting again in {wait:g} s")
+
+    def _degrade(self, reason: str, now: float) -> None:
+        rung = next_rung(self._spec)
+        if rung is None:
+            self._become(ChildState.FAILED, f"{reason}; nothing smaller is left to try")
+            return
+        self._spec = rung.spec
+        self.degraded = rung.given_up
+        self._restarts.clear()
+        self._spawn(now, f"{reason}; trying with a {rung.given_up}")
+
+    # -- time -------------------------------------------------------------------------------------
+
+    def _tick(self, now: float) -> None:
+        match self.state:
+            case ChildState.STARTING | ChildState.READY:
+                self._tick_process(now)
+            case ChildState.DRAINING if self._stop_at is not None and self._stop_at <= now:
+                self._end_process(now, None)
+            case ChildState.STOPPING if self._stop_at is not None and self._stop_at <= now:
+                self._stop_at = now + KILL_AGAIN_S
+                self._out.append(SendSignal(self.generation, Force.KILL))
+            case ChildState.BACKOFF if self.retry_at is not None and self.retry_at <= now:
+                self._spawn(now, self.reason or "starting again")
+            case _:
+                pass
+
+    def _tick_process(self, now: float) -> None:
+        if self._silent_at <= now:  # 2, 4
+            starting = self.state is ChildState.STARTING
+            limit = self._policy.start_silence_s if starting else self._policy.hang_after_s
+            what = "made no progress in starting" if starting else "answered nothing"
+            self._kill_hung(now, f"the engine {what} for {limit:g} s")
+        elif self._probe_at is not None and self._probe_at <= now:
+            self._probe_at = None  # until it is answered
+            starting = self.state is ChildState.STARTING
+            kind = ProbeKind.STARTUP if starting else ProbeKind.LIVENESS
+            self._out.append(Probe(self.generation, kind))
+
+    def _become(self, state: ChildState, reason: str | None) -> None:
+        changed = (state, reason) != (self.state, self.reason)
+        self.state, self.reason = state, reason
+        if changed:
+            self._out.append(Announce(state, reason))
+
+
+def _describe_exit(status: int) -> str:
+    return f"was ended by signal {-status}" if status < 0 else f"exited with status {status}"
+
+
+def _earliest(*times: float | None) -> float | None:
+    return min((t for t in times if t is not None), default=None)
+
+
+def state_diagram() -> str:
+    """The table above as a Mermaid diagram, for the documentation."""
+    lines = ["stateDiagram-v2", "    [*] --> stopped"]
+    lines += [
+        f"    {source} --> {target}"
+        for source, targets in TRANSITIONS.items()
+        for target in sorted(targets)
+    ]
+    return "\n".join(lines) + "\n"

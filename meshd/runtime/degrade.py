@@ -1,0 +1,36 @@
+"""What to give up, step by step, when an engine does not run as asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from meshd.runtime.launch import LaunchSpec
+
+MIN_CONTEXT = 2048
+"""Below this a model is of little use, and the context no longer what its memory goes to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    spec: LaunchSpec
+    given_up: str
+    """In words, for status: what the user does not get."""
+
+
+def next_rung(spec: LaunchSpec) -> Rung | None:
+    """The next smaller way to run `spec`; None if there is none.
+
+    The order: 1. half the context, down to 2,048 tokens; 2. a plain f16 KV cache instead of a
+    quantised one; 3. one slot; 4. half the layers on the device, down to none.
+    """
+    if spec.context > MIN_CONTEXT:  # 1
+        context = max(MIN_CONTEXT, spec.context // 2)
+        return Rung(replace(spec, context=context), f"context of {context} tokens")
+    if spec.kv_type is not None:  # 2
+        return Rung(replace(spec, kv_type=None), "KV cache of type f16")
+    if spec.parallel > 1:  # 3
+        return Rung(replace(spec, parallel=1), "one request at a time")
+    if spec.gpu_layers:  # 4
+        layers = spec.gpu_layers // 2
+        return Rung(replace(spec, gpu_layers=layers), f"{layers} layers on the device")
+    return None

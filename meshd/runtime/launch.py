@@ -1,0 +1,51 @@
+"""From what is wanted to a command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from meshd.ids import InstanceId, ModelId
+
+INSTANCE_PREFIX = "~"
+"""llama-server sorts its aliases and answers with the first one. An instance id must sort behind
+the model's name, or clients would read it in `model`; `~` is the last printable ASCII sign."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchSpec:
+    """One way to run a model."""
+
+    model: ModelId
+    weights: str
+    """Absolute path of the (first shard of the) GGUF file."""
+    context: int
+    """Tokens per slot."""
+    parallel: int
+    """Slots."""
+    gpu_layers: int | None = None
+    """Layers on the device; None leaves it to the engine, which fits them to free memory."""
+    kv_type: str | None = None
+    """Type of the KV cache; None is the engine's default, f16."""
+    threads: int | None = None
+    extra: tuple[str, ...] = ()
+    """Further arguments, appended as they are."""
+
+
+def server_argv(
+    binary: str, spec: LaunchSpec, instance: InstanceId, socket_name: str
+) -> tuple[str, ...]:
+    """llama-server's command line. `socket_name` is relative to the child's working directory:
+    a unix socket's path is limited to 107 bytes, a file name is not likely to pass that."""
+    # A comma would end the alias.
+    name = spec.model.replace(",", "_")
+    argv = [binary, "--model", spec.weights, "--alias", f"{name},{instance}"]
+    argv += ["--host", socket_name, "--ctx-size", str(spec.context * spec.parallel)]
+    argv += ["--parallel", str(spec.parallel)]
+    if spec.gpu_layers is not None:
+        argv += ["--n-gpu-layers", str(spec.gpu_layers)]
+    if spec.kv_type is not None:
+        argv += ["--cache-type-k", spec.kv_type, "--cache-type-v", spec.kv_type]
+    if spec.threads is not None:
+        argv += ["--threads", str(spec.threads)]
+    argv += ["--no-webui", "--slots", "--offline"]
+    return (*argv, *spec.extra)
