@@ -19,7 +19,7 @@ from meshd.config import Config
 from meshd.errors import InvalidRequest, MeshdError, ModelNotFound
 from meshd.ids import InstanceId, ModelId
 from meshd.kernel import Board, Clock, Driver, FlightRecorder, Pool, Service
-from meshd.runtime.child import ChildState
+from meshd.runtime.child_events import ChildState
 from meshd.runtime.hosting import (
     AcceptLoad,
     Effect,
@@ -43,7 +43,7 @@ from meshd.runtime.hosting import (
 )
 from meshd.runtime.launch import LaunchSpec
 from meshd.runtime.registry import RuntimeRecord
-from meshd.runtime.supervisor import EngineReport, EngineSupervisor
+from meshd.runtime.supervisor import EnginePlaces, EngineReport, EngineSupervisor
 from meshd.view import HostView, ModelState, ModelView, Target, View
 
 log = logging.getLogger(__name__)
@@ -197,8 +197,8 @@ class ModelHost(Service):
             spec,
             self._binary,
             settings=settings,
-            run_dir=self._config.run_dir,
-            log_dir=self._config.log_dir,
+            places=EnginePlaces(self._config.run_dir, self._config.log_dir),
+            weights_bytes=facts.total_bytes,
             clock=self._clock,
             rng=self._rng,
             recorder=self._recorder,
