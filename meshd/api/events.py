@@ -1,0 +1,117 @@
+"""`/mesh/events`: one JSON object per change of the view."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+from aiohttp.web_request import BaseRequest
+from aiohttp.web_response import StreamResponse
+
+from meshd.view import ModelView, View
+
+QUEUE_LIMIT = 256
+"""Events a subscriber may be behind. Full-policy: it gets one `dropped` event and its stream ends;
+it connects again and reads `/mesh/status` first."""
+KEEP_ALIVE_S = 15.0
+
+DROPPED: dict[str, Any] = {
+    "type": "dropped",
+    "reason": f"more than {QUEUE_LIMIT} events were waiting; connect again and read /mesh/status",
+}
+
+
+def changes(old: View, new: View) -> list[dict[str, Any]]:
+    """What happened between two views, oldest view first. Pure."""
+    found: list[dict[str, Any]] = []
+    if new.node.state != old.node.state:
+        found.append(
+            {"type": "node", "node": new.node.name, "state": new.node.state.value}
+            | {"previous": old.node.state.value}
+        )
+    for model_id, model in new.models.items():
+        before = old.models.get(model_id)
+        if before is None or _told(before) != _told(model):
+            found.append(
+                {
+                    "type": "model",
+                    "model": model_id,
+                    "state": model.state.value,
+                    "previous": None if before is None else before.state.value,
+                    "reason": model.reason,
+                    "progress": model.progress,
+                }
+            )
+    found.extend(
+        {"type": "model_removed", "model": model_id, "previous": model.state.value}
+        for model_id, model in old.models.items()
+        if model_id not in new.models
+    )
+    return found
+
+
+def _told(model: ModelView) -> tuple[object, ...]:
+    """What an event is made for; progress in whole per cent, so that it does not flood."""
+    progress = None if model.progress is None else round(model.progress, 2)
+    return (model.state, model.reason, progress)
+
+
+class EventHub:
+    """Fans changes out to subscribers. Synchronous; never waits for one of them."""
+
+    def __init__(self, view: View, wall: Callable[[], float]) -> None:
+        self._view = view
+        self._wall = wall
+        self._subscribers: set[asyncio.Queue[dict[str, Any]]] = set()
+        self._closed = False
+
+    def apply(self, view: View) -> None:
+        found = changes(self._view, view)
+        self._view = view
+        for change in found:
+            event = {**change, "at": round(self._wall(), 3)}
+            for queue in tuple(self._subscribers):
+                try:
+                    queue.put_nowait(event)
+                except asyncio.QueueFull:
+                    self._subscribers.discard(queue)
+                    queue.get_nowait()
+                    queue.put_nowait(DROPPED)
+
+    def close(self) -> None:
+        """End every stream."""
+        self._closed = True
+        for queue in tuple(self._subscribers):
+            self._subscribers.discard(queue)
+            if queue.full():
+                queue.get_nowait()
+            queue.put_nowait({"type": "end", "reason": "this node is shutting down"})
+
+    async def stream(self, request: BaseRequest, headers: dict[str, str]) -> StreamResponse:
+        answer = StreamResponse(
+            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store", **headers}
+        )
+        queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue(QUEUE_LIMIT)
+        if not self._closed:
+            self._subscribers.add(queue)
+        try:
+            await answer.prepare(request)
+            if request.method == "HEAD":
+                return answer
+            await answer.write(b": meshd\n\n")
+            while queue in self._subscribers or not queue.empty():
+                try:
+                    async with asyncio.timeout(KEEP_ALIVE_S):
+                        event = await queue.get()
+                except TimeoutError:
+                    await answer.write(b": still here\n\n")
+                    continue
+                await answer.write(
+                    b"event: %b\ndata: %b\n\n" % (event["type"].encode(), orjson.dumps(event))
+                )
+            await answer.write_eof()
+        finally:
+            self._subscribers.discard(queue)
+        return answer

@@ -1,0 +1,261 @@
+"""What exchanges share: the view, admission, pools of connections, and who is in flight where."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+from meshd.api.admission import (
+    Admission,
+    CapacityChanged,
+    Effect,
+    Granted,
+    ModelClosed,
+    Refusal,
+)
+from meshd.api.exchange import Exchange
+from meshd.api.route import Route, route
+from meshd.api.traffic import Traffic
+from meshd.api.upstream import Pool
+from meshd.config import ApiSettings
+from meshd.ids import InstanceId, ModelId
+from meshd.kernel import Clock, FlightRecorder
+from meshd.kernel.machine import Tick
+from meshd.view import ModelState, ModelView, NodeState, Target, View
+
+Capacity = int | Refusal | None
+"""Slots, or why there is no queue, or None: not ready."""
+
+
+class Relay:
+    """One per API server. Synchronous, on the loop's thread.
+
+    It drives the admission machine itself instead of through `kernel.Driver`: a request is two
+    events, and a driver's queue, clock reading and flight record for each would cost a third of
+    what the whole relay does. Capacity changes, which explain behaviour afterwards, are recorded;
+    requests are not.
+    """
+
+    def __init__(
+        self,
+        settings: ApiSettings,
+        *,
+        clock: Clock,
+        rng: random.Random,
+        recorder: FlightRecorder | None,
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+    ) -> None:
+        self.settings = settings
+        self.clock = clock
+        self.rng = rng
+        self.traffic = Traffic()
+        self.active: set[Exchange] = set()
+        """Every exchange that has begun and not ended, waiting ones included."""
+        self.draining = False
+        self._recorder = recorder
+        self._spawn = spawn
+        self._models: dict[ModelId, ModelView] = {}
+        self._capacity: dict[ModelId, Capacity] = {}
+        self._admission = Admission(settings.queue_per_model)
+        self._timer: asyncio.TimerHandle | None = None
+        self._pools: dict[InstanceId, Pool] = {}
+        self._inflight: dict[InstanceId, int] = {}
+        self._last_request_at: dict[InstanceId, float] = {}
+        self._idle_waiters: dict[InstanceId, list[asyncio.Future[None]]] = {}
+        self._all_idle_waiters: list[asyncio.Future[None]] = []
+        self._node_lines: dict[str, bytes] = {}
+
+    # -- the view ---------------------------------------------------------------------------------
+
+    def apply(self, view: View) -> None:
+        """Take over a new view: capacities to admission, pools of engines that are gone closed."""
+        self.draining = self.draining or view.node.state is NodeState.DRAINING
+        self._models = dict(view.models)
+        live = {t.instance for m in view.models.values() for t in m.targets}
+        for instance in [i for i in self._pools if i not in live]:
+            self._pools.pop(instance).close()
+        for instance in [i for i in self._last_request_at if i not in live]:
+            if instance not in self._inflight:
+                del self._last_request_at[instance]
+        for gone in [m for m in self._capacity if m not in view.models]:
+            del self._capacity[gone]
+            self._post(ModelClosed(gone, Refusal.GONE))
+        for model_id, model in view.models.items():
+            capacity = _capacity(model)
+            if model_id in self._capacity and self._capacity[model_id] == capacity:
+                continue
+            self._capacity[model_id] = capacity
+            if isinstance(capacity, Refusal):
+                self._post(ModelClosed(model_id, capacity))
+            else:
+                self._post(CapacityChanged(model_id, capacity))
+
+    def route(self, name: str, avoid: frozenset[InstanceId] = frozenset()) -> Route:
+        return route(name, self._models, self._inflight, self.rng, avoid)
+
+    def has_other_target(self, name: str, target: Target | None) -> bool:
+        model = self._models.get(ModelId(name))
+        return model is not None and any(t is not target for t in model.targets)
+
+    def knows(self, name: str) -> bool:
+        return name in self._models
+
+    # -- admission --------------------------------------------------------------------------------
+
+    def admit(self, exchange: Exchange) -> None:
+        """Ask for a turn; `exchange` hears `granted` or `refused`, now or later."""
+        now = exchange.arrived_at
+        effects = self._admission.arrive(
+            exchange,
+            ModelId(exchange.model),
+            exchange.origin,
+            exchange.needs_slot,
+            now + exchange.wait_s if exchange.wait_s > 0 else 0.0,
+            now + max(self.settings.first_byte_timeout_s, exchange.wait_s),
+            now,
+        )
+        if effects:
+            self._run(effects)
+        else:
+            self._arm()
+
+    def queue_depth(self, model: ModelId) -> int:
+        return self._admission.waiting(model)
+
+    def slots_in_use(self, model: ModelId) -> int:
+        return self._admission.in_flight(model)
+
+    # -- who is in flight where -------------------------------------------------------------------
+
+    def engage(self, instance: InstanceId) -> None:
+        self._inflight[instance] = self._inflight.get(instance, 0) + 1
+        self._last_request_at[instance] = self.clock.now()
+
+    def release(self, instance: InstanceId) -> None:
+        left = self._inflight[instance] - 1
+        self._last_request_at[instance] = self.clock.now()
+        if left:
+            self._inflight[instance] = left
+            return
+        del self._inflight[instance]
+        for waiter in self._idle_waiters.pop(instance, ()):
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def inflight(self, instance: InstanceId) -> int:
+        return self._inflight.get(instance, 0)
+
+    def last_request_at(self, instance: InstanceId) -> float | None:
+        return self._last_request_at.get(instance)
+
+    async def wait_idle(self, instance: InstanceId) -> None:
+        while instance in self._inflight:
+            waiter = asyncio.get_running_loop().create_future()
+            self._idle_waiters.setdefault(instance, []).append(waiter)
+            await waiter
+
+    async def wait_all_idle(self) -> None:
+        while self.active:
+            waiter = asyncio.get_running_loop().create_future()
+            self._all_idle_waiters.append(waiter)
+            await waiter
+
+    # -- for exchanges ----------------------------------------------------------------------------
+
+    def pool(self, target: Target) -> Pool:
+        pool = self._pools.get(target.instance)
+        if pool is None:
+            pool = Pool(target.socket_path, self._spawn, self.clock)
+            self._pools[target.instance] = pool
+        return pool
+
+    def node_lines(self, target: Target) -> bytes:
+        """The header lines that say which node's engine answered."""
+        lines = self._node_lines.get(target.node)
+        if lines is None:
+            where = "local" if target.local else "remote"
+            lines = f"x-meshd-node: {target.node}\r\nx-meshd-route: {where}\r\n".encode("latin-1")
+            self._node_lines = {target.node: lines}
+        return lines
+
+    def finished(self, exchange: Exchange, outcome: str, bytes_out: int) -> None:
+        """Called once by every exchange, when it is DONE."""
+        self.active.discard(exchange)
+        target, traffic = exchange.target, self.traffic
+        known = exchange.model if exchange.model in self._models else ""
+        row = traffic.of(known, "none" if target is None else "local")
+        row.count(outcome)
+        if target is not None:
+            row.seconds.observe(self.clock.now() - exchange.arrived_at)
+            traffic.bytes_out += bytes_out
+            self.release(target.instance)
+        effects = self._admission.abandon(exchange)
+        if effects:
+            self._run(effects)
+        if not self.active:
+            waiters, self._all_idle_waiters = self._all_idle_waiters, []
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+    # -- time -------------------------------------------------------------------------------------
+
+    def sweep(self, now: float) -> None:
+        """Once a second: late answers, idle connections."""
+        for exchange in tuple(self.active):
+            exchange.check_late(now)
+        for pool in self._pools.values():
+            pool.sweep(now)
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()
+
+    def _post(self, event: CapacityChanged | ModelClosed | Tick) -> None:
+        now = self.clock.now()
+        effects = self._admission.handle(event, now)
+        if self._recorder is not None:
+            self._recorder.record(now, "admission", event, ())
+        self._run(effects)
+        self._arm()
+
+    def _run(self, effects: Sequence[Effect]) -> None:
+        # An effect may call back into the machine (a request that ends at once). Its state is
+        # whole between calls, and an exchange that ended meanwhile ignores its effect.
+        for effect in effects:
+            exchange = effect.key
+            assert isinstance(exchange, Exchange)
+            if type(effect) is Granted:
+                exchange.granted()
+            else:
+                assert not isinstance(effect, Granted)
+                exchange.refused(effect.reason)
+
+    def _arm(self) -> None:
+        due = self._admission.due()
+        if due is None:
+            return
+        delay = max(0.0, due - self.clock.now()) + 0.001
+        loop = asyncio.get_running_loop()
+        if self._timer is not None:
+            if self._timer.when() <= loop.time() + delay:
+                return  # early is harmless: the machine is asked again then
+            self._timer.cancel()
+        self._timer = loop.call_later(delay, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self._run(self._admission.handle(Tick(), self.clock.now()))
+        self._arm()
+
+
+def _capacity(model: ModelView) -> Capacity:
+    if model.targets:
+        return sum(t.slots for t in model.targets)
+    return Refusal.FAILED if model.state is ModelState.FAILED else None

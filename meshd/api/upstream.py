@@ -1,0 +1,361 @@
+"""The engine's side of an exchange: raw HTTP/1.1 over its unix socket, kept alive.
+
+Bytes of an answer's body go on as they came. A parser watches them, to check the framing and to
+find the end, and that is all it does (no `on_body`); only for clients of HTTP/1.0, which know no
+chunks, `DechunkingUpstream` takes them apart.
+
+What is refused rather than relayed: 1xx and Upgrade answers, heads over 64 KiB, broken framing,
+and anything that follows the end of the message, which would be taken by the client for the answer
+to its next request.
+
+llama-server closes a connection after 5 s idle or 100 requests; ours are retired before that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, Protocol
+
+import httptools
+
+from meshd.kernel import Clock
+
+MAX_HEAD_BYTES: Final = 64 * 1024
+IDLE_LIMIT_S: Final = 3.5
+REQUEST_LIMIT: Final = 95
+CONNECT_TIMEOUT_S: Final = 5.0
+JOIN_BELOW_BYTES: Final = 64 * 1024
+"""A request body smaller than this is copied behind its head, to be one write."""
+
+_DROPPED: Final = frozenset(
+    (
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"upgrade",
+        # ours to say, not the engine's
+        b"access-control-allow-origin",
+        b"access-control-allow-credentials",
+        b"x-request-id",
+        b"x-meshd-node",
+        b"x-meshd-route",
+        b"x-meshd-attempts",
+        b"x-meshd-queue-ms",
+    )
+)
+
+
+class Receiver(Protocol):
+    """What an exchange is told by its upstream connection; exactly one of `answer_ended` and
+    `answer_broke` ends it, and the connection is no longer its own when they are called."""
+
+    def connected(self, upstream: Upstream) -> None: ...
+
+    def connect_failed(self, reason: str) -> None: ...
+
+    def answer_began(self, upstream: Upstream, rest: bytes) -> None:
+        """The head is there; `rest`: what came of the body with it."""
+
+    def answer_went_on(self, data: bytes) -> None: ...
+
+    def answer_ended(self) -> None: ...
+
+    def answer_broke(self, upstream: Upstream, reason: str) -> None: ...
+
+
+class Upstream(asyncio.Protocol):
+    """One connection; serves one exchange at a time."""
+
+    dechunks = False
+
+    def __init__(self, pool: Pool) -> None:
+        self.status = 0
+        self.lines: list[bytes] = []
+        """Header lines of the answer that may travel on, each with its CRLF."""
+        self.chunked = False
+        self.until_close = False
+        self.event_stream = False
+        self.reused = False
+        """Whether this connection had served another exchange before the present one."""
+        self.idle_since = 0.0
+        self.transport: asyncio.Transport | None = None
+        self._pool = pool
+        self._receiver: Receiver | None = None
+        self._parser = httptools.HttpResponseParser(self)
+        self._served = 0
+        self._head = b""
+        self._head_done = False
+        self._began = 0
+        self._complete = False
+        self._in_chunk = False
+        self._keep = False
+        self._paused = False
+        self._last = b""
+
+    # -- for the exchange -------------------------------------------------------------------------
+
+    def send(self, receiver: Receiver, head: bytes, body: bytes) -> None:
+        transport = self.transport
+        assert transport is not None
+        self._receiver = receiver
+        self.reused = self._served > 0
+        self._served += 1
+        self.lines = []
+        self.chunked = self.until_close = self.event_stream = False
+        self._head = b""
+        self._head_done = self._complete = self._in_chunk = False
+        self._began = 0
+        if len(body) < JOIN_BELOW_BYTES:
+            transport.write(head + body)
+        else:
+            transport.write(head)
+            transport.write(body)
+
+    def pause(self) -> None:
+        if not self._paused and self.transport is not None:
+            self._paused = True
+            self.transport.pause_reading()
+
+    def resume(self) -> None:
+        if self._paused and self.transport is not None:
+            self._paused = False
+            self.transport.resume_reading()
+
+    def discard(self) -> None:
+        """Close at once, telling nobody; the engine sees its client gone and frees the slot."""
+        self._receiver = None
+        if self.transport is not None:
+            self.transport.abort()
+
+    def at_event_boundary(self) -> bool:
+        """Whether everything relayed so far ends with a whole event in a whole chunk."""
+        if not (self.event_stream and self.chunked) or self._in_chunk or self.dechunks:
+            return False
+        return not self._last or self._last.endswith((b"\n\n\r\n", b"\r\n\r\n\r\n"))
+
+    # -- asyncio.Protocol -------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        receiver = self._receiver
+        if receiver is None:  # nothing was asked: whatever this is, it is nobody's answer
+            self._close()
+        elif self._head_done:
+            if not self._watch(data):
+                self._break("the engine's answer is not valid HTTP")
+                return
+            self._last = data
+            receiver.answer_went_on(data)
+            if self._complete:
+                self._end()
+        else:
+            self._read_head(receiver, data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.transport = None
+        self._pool.forget(self)
+        receiver, self._receiver = self._receiver, None
+        if receiver is None:
+            return
+        if self._head_done and self.until_close and exc is None:
+            receiver.answer_ended()
+        elif self._head_done or self._head:
+            receiver.answer_broke(self, "the engine closed the connection in mid-answer")
+        else:
+            receiver.answer_broke(self, "the engine closed the connection without an answer")
+
+    # -- httptools --------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        self._began += 1
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._head_done:
+            return  # a trailer
+        lower = name.lower()
+        if lower in _DROPPED:
+            return
+        if lower == b"transfer-encoding":
+            if value.strip().lower() != b"chunked":
+                raise ValueError("a transfer coding nobody asked for")  # seen by `_watch`
+            self.chunked = True
+            if self.dechunks:
+                return
+        elif lower == b"content-type":
+            self.event_stream = value.startswith(b"text/event-stream")
+        self.lines.append(b"%b: %b\r\n" % (name, value))
+
+    def on_headers_complete(self) -> None:
+        parser = self._parser
+        self.status = parser.get_status_code()
+        self._keep = parser.should_keep_alive()
+        self._head_done = True
+
+    def on_chunk_header(self) -> None:
+        self._in_chunk = True
+
+    def on_chunk_complete(self) -> None:
+        self._in_chunk = False
+
+    def on_message_complete(self) -> None:
+        self._complete = True
+
+    # -- steps ------------------------------------------------------------------------------------
+
+    def _read_head(self, receiver: Receiver, data: bytes) -> None:
+        if self._head:
+            data = self._head + data
+        end = data.find(b"\r\n\r\n")
+        if end < 0:
+            self._head = data
+            if len(data) > MAX_HEAD_BYTES:
+                self._break("the engine's answer has an endless head")
+            return
+        rest = data[end + 4 :]
+        if not self._watch(data[: end + 4]) or not self._head_done:
+            self._break("the engine's answer has a malformed head")
+            return
+        if self.status < 200 or self._parser.should_upgrade():
+            self._break(f"the engine answered {self.status}, which is not relayed")
+            return
+        if rest and not self._watch(rest):
+            self._break("the engine's answer is not valid HTTP")
+            return
+        # Neither length nor chunks: the end of the connection is the end of the answer.
+        self.until_close = not self._complete and not self.chunked and not self._has_length()
+        self._last = rest
+        receiver.answer_began(self, rest)
+        if self._complete and self._receiver is receiver:
+            self._end()
+
+    def _has_length(self) -> bool:
+        return any(line[:15].lower() == b"content-length:" for line in self.lines)
+
+    def _watch(self, data: bytes) -> bool:
+        """Whether `data` may go on: well-formed, and nothing in it behind the end."""
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            return False
+        if not self._complete:
+            return True
+        # The parser skips blank lines between messages, so one too many is looked for here.
+        return self._began <= 1 and not (self.chunked and data.endswith(b"\n\r\n\r\n"))
+
+    def _end(self) -> None:
+        receiver, self._receiver = self._receiver, None
+        self._last = b""
+        if not self._keep or self._served >= REQUEST_LIMIT or self.dechunks or self._unsent():
+            self._close()
+        else:
+            self.resume()
+            self._pool.put_back(self)
+        if receiver is not None:
+            receiver.answer_ended()
+
+    def _unsent(self) -> bool:
+        """An answer that came before all of the request was sent."""
+        return self.transport is None or self.transport.get_write_buffer_size() > 0
+
+    def _break(self, reason: str) -> None:
+        receiver = self._receiver
+        self.discard()
+        if receiver is not None:
+            receiver.answer_broke(self, reason)
+
+    def _close(self) -> None:
+        if self.transport is not None:
+            self.transport.close()
+
+
+class DechunkingUpstream(Upstream):
+    """For a client of HTTP/1.0: chunks are taken apart, and the connection is used once."""
+
+    dechunks = True
+
+    def __init__(self, pool: Pool) -> None:
+        self._bodies: list[bytes] = []
+        super().__init__(pool)
+
+    def on_body(self, body: bytes) -> None:
+        self._bodies.append(body)
+
+    def take_body(self) -> bytes:
+        """The body's bytes in what was received last."""
+        body = b"".join(self._bodies)
+        self._bodies.clear()
+        return body
+
+
+class Pool:
+    """Connections to one engine, last used first."""
+
+    def __init__(
+        self,
+        socket_path: str,
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+        clock: Clock,
+    ) -> None:
+        self._path = socket_path
+        self._spawn = spawn
+        self._clock = clock
+        self._idle: list[Upstream] = []
+        self._closed = False
+
+    def try_take(self) -> Upstream | None:
+        """An idle connection that the engine has not closed, as far as can be told."""
+        idle = self._idle
+        while idle:
+            upstream = idle.pop()
+            transport = upstream.transport
+            if transport is None or transport.is_closing():
+                continue
+            if self._clock.now() - upstream.idle_since < IDLE_LIMIT_S:
+                return upstream
+            transport.close()
+        return None
+
+    def connect(self, receiver: Receiver, *, dechunks: bool = False) -> None:
+        """Open a connection; `receiver` hears `connected` or `connect_failed`, later."""
+        self._spawn(self._connect(receiver, DechunkingUpstream if dechunks else Upstream))
+
+    def put_back(self, upstream: Upstream) -> None:
+        if self._closed:
+            upstream.discard()
+            return
+        upstream.idle_since = self._clock.now()
+        self._idle.append(upstream)
+
+    def forget(self, upstream: Upstream) -> None:
+        if upstream in self._idle:
+            self._idle.remove(upstream)
+
+    def sweep(self, now: float) -> None:
+        """Close what has been idle for too long. The oldest are in front."""
+        while self._idle and now - self._idle[0].idle_since >= IDLE_LIMIT_S:
+            self._idle.pop(0).discard()
+
+    def close(self) -> None:
+        """Close idle connections; those in use close when their exchange is over."""
+        self._closed = True
+        while self._idle:
+            self._idle.pop().discard()
+
+    async def _connect(self, receiver: Receiver, kind: type[Upstream]) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                _, upstream = await loop.create_unix_connection(lambda: kind(self), self._path)
+        except TimeoutError:
+            receiver.connect_failed(f"no connection to the engine within {CONNECT_TIMEOUT_S} s")
+        except OSError as error:
+            receiver.connect_failed(f"the engine cannot be reached: {error.strerror or error}")
+        else:
+            receiver.connected(upstream)
