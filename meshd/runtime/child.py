@@ -109,6 +109,8 @@ class Child:
         self._fault: Fault | None = None
         self._kill_reason: str | None = None
         """Set when the process is being ended because something is wrong with it."""
+        self._cause = ""
+        """Why the last process ended."""
         self._restarts: deque[float] = deque()
         self._silent_at = 0.0
         self._probe_at: float | None = None
@@ -314,6 +316,7 @@ class Child:
             )
             return
         self._restarts.append(now)
+        self._cause = reason
         wait = min(FIRST_BACKOFF_S * 2**count, LONGEST_BACKOFF_S)
         self.retry_at = now + wait
         self._become(ChildState.BACKOFF, f"{reason}; starting again in {wait:g} s")
@@ -340,7 +343,7 @@ class Child:
                 self._stop_at = now + KILL_AGAIN_S
                 self._out.append(SendSignal(self.generation, Force.KILL))
             case ChildState.BACKOFF if self.retry_at is not None and self.retry_at <= now:
-                self._spawn(now, self.reason or "starting again")
+                self._spawn(now, f"starting again: {self._cause}")
             case _:
                 pass
 

@@ -118,7 +118,7 @@ class _Answer:
 async def _ask(
     socket_path: str, method: str, path: str, body: bytes = b"", limit_s: float = ANSWER_LIMIT_S
 ) -> _Answer | None:
-    """The answer, or None if none came in time. `Connection: close` lets the stream's end be its."""
+    """The answer, or None if none came in time. With `Connection: close` the stream ends it."""
     try:
         async with asyncio.timeout(limit_s):
             reader, writer = await asyncio.open_unix_connection(socket_path)

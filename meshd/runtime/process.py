@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 from meshd.config import environment_of_children
 from meshd.runtime.output import LineSplitter
@@ -89,8 +90,8 @@ class _Output(asyncio.SubprocessProtocol):
         self._told = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.SubprocessTransport)
-        self._transport = transport
+        # uvloop's transport has the methods but not the base class.
+        self._transport = cast("asyncio.SubprocessTransport", transport)
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
         for line in self._splitter.feed(data):
