@@ -70,6 +70,7 @@ class Dispatch:
         if isinstance(answer, Relayed) or answer.prepared:
             return answer
         answer.headers["x-request-id"] = request_id.decode()
+        answer.headers["Server"] = "meshd"
         answer.headers.update(cors)
         if self.front.relay.draining:
             answer.force_close()

@@ -17,7 +17,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable
 from enum import IntEnum
-from typing import Any
+from typing import Any, cast
 
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestHandler
@@ -391,7 +391,7 @@ class Connection(RequestHandler):
 
     def _reject(self, transport: asyncio.BaseTransport) -> None:
         """One connection too many. aiohttp hears nothing of it."""
-        assert isinstance(transport, asyncio.Transport)
+        transport = cast("asyncio.Transport", transport)
         front = self._front
         limit = front.settings.max_connections
         self._enter(Phase.REJECTED)
