@@ -42,7 +42,7 @@ from meshd.runtime.hosting import (
     WeightsRejected,
 )
 from meshd.runtime.launch import LaunchSpec
-from meshd.runtime.registry import RuntimeRecord
+from meshd.runtime.record import RuntimeRecord
 from meshd.runtime.supervisor import EnginePlaces, EngineReport, EngineSupervisor
 from meshd.view import HostView, ModelState, ModelView, Target, View
 
@@ -175,7 +175,7 @@ class ModelHost(Service):
             self._post(EngineNotFound(error.message))
             return
         self._binary = Path(record.server_path)
-        log.info("engine %s: %s at %s", record.id, record.build, record.server_path)
+        log.info("engine %s: %s at %s", record.id, record.version, record.server_path)
         self._board.publish(replace(self._board.current, runtime=record.to_view()))
         self._post(EngineFound())
 

@@ -1,0 +1,185 @@
+"""`meshd runtime …` and `meshd gpus`: work without a daemon."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from meshd import config
+from meshd.cli.options import json_option, print_json, size
+from meshd.errors import EngineMissing, EngineRejected
+
+if TYPE_CHECKING:
+    from meshd.runtime.registry import Registry
+
+
+@click.group()
+def runtime() -> None:
+    """The llama.cpp engines of this machine."""
+
+
+@runtime.command("ls")
+@json_option
+def list_runtimes(as_json: bool) -> int:
+    """List the engines built here; `*` marks the one that runs."""
+    registry = _registry()
+    records = registry.list()
+    running = _running_id(registry)
+    if as_json:
+        print_json([{**r.model_dump(mode="json"), "current": r.id == running} for r in records])
+        return 0
+    if not records:
+        click.echo("no engine was built here; `meshd runtime build --backend cpu` builds one")
+    for record in records:
+        mark = "*" if record.id == running else " "
+        state = "" if record.unchanged() else "  CHANGED since it was built; `meshd runtime verify`"
+        click.echo(f"{mark} {record.id}  {record.version}  {record.directory}{state}")
+    if running and running not in {r.id for r in records}:
+        click.echo(f"* {running}  (found on PATH)")
+    return 0
+
+
+@runtime.command()
+@click.option(
+    "--backend",
+    type=click.Choice(["cpu", "cuda", "rocm", "vulkan", "metal"]),
+    required=True,
+    help="What it computes on.",
+)
+@click.option("--cuda-arch", metavar="LIST", help="CUDA architectures, as in 121 or 90;100.")
+@click.option("--source", metavar="S", help="Directory, tarball or git+URL@TAG (default: pinned).")
+@click.option("--jobs", type=click.IntRange(min=1), help="Compilers at once.")
+@click.option("--if-missing", is_flag=True, help="Do nothing if there is a usable engine.")
+@json_option
+def build(
+    backend: str,
+    cuda_arch: str | None,
+    source: str | None,
+    jobs: int | None,
+    if_missing: bool,
+    as_json: bool,
+) -> int:
+    """Build an engine from source; an interrupted build goes on where it stopped."""
+    if cuda_arch is not None and backend != "cuda":
+        raise click.UsageError(f"--cuda-arch goes with --backend cuda, not {backend}")
+    from meshd.runtime.build import BuildOptions
+    from meshd.runtime.build import build as run_build
+
+    if if_missing:
+        try:
+            found = _registry().find(None)
+        except (EngineMissing, EngineRejected):
+            pass
+        else:
+            click.echo(f"engine {found.id}: {found.version}")
+            return 0
+    options = BuildOptions(backend, cuda_arch, source, jobs)
+    with _progress() as show:
+        record = run_build(options, _cache_dir(), show)
+    if as_json:
+        print_json(record.model_dump(mode="json"))
+    else:
+        click.echo(f"engine {record.id}: {record.version}")
+    return 0
+
+
+@runtime.command()
+@click.argument("runtime_id", required=False, metavar="[ID]")
+@json_option
+def verify(runtime_id: str | None, as_json: bool) -> int:
+    """Hash the files of an engine, or of all, and see whether they still run."""
+    registry = _registry()
+    ids = [registry.get(runtime_id).id] if runtime_id else [r.id for r in registry.list()]
+    findings = {name: registry.verify(name) for name in ids}
+    if as_json:
+        print_json({name: list(found) for name, found in findings.items()})
+    elif not findings:
+        click.echo("no engine was built here")
+    for name, found in findings.items() if not as_json else ():
+        click.echo(f"{name}: {'ok' if not found else '; '.join(found)}")
+    return 1 if any(findings.values()) else 0
+
+
+@runtime.command()
+@click.argument("runtime_id", metavar="ID")
+def use(runtime_id: str) -> int:
+    """Choose the engine the next start runs."""
+    record = _registry().use(runtime_id)
+    click.echo(f"{record.id} will run from the next start of meshd on")
+    return 0
+
+
+@click.command()
+@json_option
+def gpus(as_json: bool) -> int:
+    """Devices of this machine: NVIDIA GPUs if there is a driver, and the CPU."""
+    from dataclasses import asdict
+
+    from meshd.runtime.devices import read_devices
+
+    devices = read_devices()
+    if as_json:
+        print_json([asdict(device) for device in devices])
+        return 0
+    for device in devices:
+        capability = f", compute {device.compute_capability}" if device.compute_capability else ""
+        shared = ", shares the machine's memory" if device.unified else ""
+        click.echo(
+            f"{device.backend}: {device.name}{capability}, {size(device.memory_free_bytes)} of "
+            f"{size(device.memory_total_bytes)} free{shared}"
+        )
+    return 0
+
+
+def _cache_dir() -> Path:
+    return config.load().config.cache_dir
+
+
+def _registry() -> Registry:
+    from meshd.runtime.registry import Registry
+
+    return Registry(_cache_dir())
+
+
+def _running_id(registry: Registry) -> str | None:
+    try:
+        return registry.find(None).id
+    except (EngineMissing, EngineRejected):
+        return None
+
+
+class _progress:  # noqa: N801 (used as a with-statement's word)
+    """A bar on a terminal, a line each tenth elsewhere."""
+
+    def __enter__(self) -> Any:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        console = Console(stderr=True)
+        self._bar: Progress | None = None
+        self._said: tuple[str, int] | None = None
+        if not console.is_terminal:
+            return self._line
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"),
+            TimeElapsedColumn(), console=console,
+        )  # fmt: skip
+        self._bar.start()
+        self._task = self._bar.add_task("", total=1.0)
+        return self._draw
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _draw(self, words: str, fraction: float) -> None:
+        assert self._bar is not None
+        self._bar.update(self._task, description=words, completed=fraction)
+
+    def _line(self, words: str, fraction: float) -> None:
+        tenth = (words, int(fraction * 10))
+        if tenth != self._said:
+            self._said = tenth
+            click.echo(f"{words} {fraction:.0%}" if fraction else words, err=True)
