@@ -208,6 +208,16 @@ def environment_of_children(extra: Mapping[str, str] | None = None) -> dict[str,
     return kept
 
 
+def hub_cache_dir() -> Path:
+    """Where `huggingface_hub` keeps models; its own rules, without importing it."""
+    if cache := os.environ.get("HF_HUB_CACHE"):
+        return Path(cache).expanduser()
+    if home := os.environ.get("HF_HOME"):
+        return Path(home).expanduser() / "hub"
+    base = os.environ.get("XDG_CACHE_HOME") or str(_home(os.environ) / ".cache")
+    return Path(base) / "huggingface" / "hub"
+
+
 def under_journal() -> bool:
     """Whether standard error is the systemd journal, which stamps lines itself."""
     status = os.fstat(2)
