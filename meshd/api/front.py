@@ -42,7 +42,7 @@ MAX_REQUEST_ID_BYTES = 128
 REJECTED_LINGER_S = 1.0
 MAX_REJECTED = 64
 """Refused connections that are given time to read why; further ones are just closed."""
-LINGER_S = 2.0
+LINGER_S = 1.0
 """How long the rest of a refused body is read, so that the client sees the answer."""
 NEVER_S = 10_000_000.0
 """aiohttp's own keep-alive timer is out of the way: the sweeper closes idle connections."""
@@ -72,6 +72,8 @@ class Front:
         self.relay = relay
         self.access = access
         self.connections: set[Connection] = set()
+        self.rejected: set[Connection] = set()
+        """Told that there are too many; they do not count as connections."""
         self._rng = rng
         self._loop = asyncio.get_running_loop()
         self._server = Server(handler, handler_cancellation=True)
@@ -108,17 +110,17 @@ class Front:
 
     def sweep(self, now: float) -> None:
         """Once a second: connections that are too slow, or idle for too long."""
-        for connection in tuple(self.connections):
+        for connection in (*self.connections, *self.rejected):
             connection.check_late(now)
 
     def close_idle(self) -> None:
         """Close what is between requests; what is not closes after its answer."""
-        for connection in tuple(self.connections):
+        for connection in (*self.connections, *self.rejected):
             if connection.phase is not Phase.BUSY:
                 connection.shut()
 
     def abort_all(self) -> None:
-        for connection in tuple(self.connections):
+        for connection in (*self.connections, *self.rejected):
             connection.shut()
 
     async def close(self, timeout_s: float) -> None:
@@ -182,6 +184,7 @@ class Connection(RequestHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._front.connections.discard(self)
+        self._front.rejected.discard(self)
         self._pending = b""
         self._reader = None
         exchange = self._exchange
@@ -395,11 +398,11 @@ class Connection(RequestHandler):
         front = self._front
         limit = front.settings.max_connections
         self._enter(Phase.REJECTED)
-        if len(front.connections) >= limit + MAX_REJECTED:
+        if len(front.rejected) >= MAX_REJECTED:
             transport.abort()
             return
         self.transport = transport
-        front.connections.add(self)
+        front.rejected.add(self)
         error = TooManyConnections(
             f"this node serves at most {limit} connections (`api.max_connections`)",
             retry_after_s=1.0,

@@ -54,6 +54,7 @@ class ApiServer(Service):
         self._sweep_interval_s = sweep_interval_s
         self._sockets: list[socket.socket] = []
         self._hurry = asyncio.Event()
+        self._front: Front | None = None
         self._relay = Relay(
             config.api,
             clock=clock,
@@ -124,7 +125,7 @@ class ApiServer(Service):
         )
         dispatch = Dispatch(read_side)
         front = Front(self._config.api, self._relay, Access(self._config), self._rng, dispatch)
-        dispatch.front = front
+        dispatch.front = self._front = front
         self._relay.apply(self._board.current)
         unsubscribe = [
             self._board.subscribe(self._relay.apply),

@@ -148,7 +148,9 @@ class Upstream(asyncio.Protocol):
         if receiver is None:  # nothing was asked: whatever this is, it is nobody's answer
             self._close()
         elif self._head_done:
+            in_chunk = self._in_chunk
             if not self._watch(data):
+                self._in_chunk = in_chunk  # where what was forwarded ends, not what was parsed
                 self._break("the engine's answer is not valid HTTP")
                 return
             self._last = data

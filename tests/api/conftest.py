@@ -1,0 +1,50 @@
+"""Fixtures of the API's tests; what they are made of is in scripted.py."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meshd.config import ApiSettings, Config
+from tests.api.scripted import Api, Engine
+
+Starter = Callable[..., Awaitable[Api]]
+
+
+@pytest.fixture
+async def start_api(tmp_path: Path) -> AsyncIterator[Starter]:
+    """`await start_api(api_setting=…, api_key=…)`: a running server with one ready model, `m`."""
+    running: list[Api] = []
+
+    async def start(**settings: Any) -> Api:
+        top = {
+            key: settings.pop(key)
+            for key in ("api_key", "drain_s", "listen", "name")
+            if key in settings
+        }
+        config = Config(
+            **{"name": "node1", "listen": "127.0.0.1:0", **top},
+            data_dir=tmp_path,
+            cache_dir=tmp_path,
+            api=ApiSettings(**settings),
+        )
+        engine = Engine(tmp_path / f"e{len(running)}.sock")
+        await engine.start()
+        api = Api(config, engine)
+        await api.start()
+        api.ready()
+        running.append(api)
+        return api
+
+    yield start
+    for api in running:
+        await api.stop()
+        await api.engine.stop()
+
+
+@pytest.fixture
+async def api(start_api: Starter) -> Api:
+    return await start_api()

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+from meshd.api.refusals import of_route
+from meshd.api.route import Failed, NotFound, NotReady, choose, route
+from meshd.ids import InstanceId, ModelId
+from meshd.view import ModelState, ModelView, Target
+from tests.api.scripted import model_view
+
+RNG = random.Random(7)
+
+
+def target(name: str, *, slots: int = 4, local: bool = True) -> Target:
+    return Target(ModelId("m"), "node1", InstanceId(name), f"/run/{name}.sock", slots, local)
+
+
+def view(*models: ModelView) -> dict[ModelId, ModelView]:
+    return {m.id: m for m in models}
+
+
+def test_one_target() -> None:
+    assert route("m", view(model_view(target("i"))), {}, RNG) == target("i")
+
+
+def test_unknown_model_names_close_ones() -> None:
+    models = view(model_view(name="qwen3-8b"), model_view(name="llama"))
+    assert route("qwen3-8B", models, {}, RNG) == NotFound(("qwen3-8b",), True)
+    error = of_route("qwen3-8B", NotFound(("qwen3-8b",), True))
+    assert (error.status, error.code) == (404, "model_not_found")
+    assert "`qwen3-8b`" in error.message
+
+
+def test_a_model_is_never_answered_by_another() -> None:
+    assert isinstance(route("other", view(model_view(target("i"))), {}, RNG), NotFound)
+
+
+def test_not_ready_says_what_it_waits_for() -> None:
+    loading = model_view(state=ModelState.LOADING, reason="reading", progress=0.5, retry_after_s=3)
+    expected = NotReady(ModelId("m"), ModelState.LOADING, "reading", 0.5, 3)
+    assert route("m", view(loading), {}, RNG) == expected
+    error = of_route("m", expected)
+    assert error.status == 503
+    assert error.detail == {"state": "loading", "progress": 0.5, "reason": "reading"}
+    assert error.retry_after_s == 3
+
+
+def test_failed_gives_the_reason() -> None:
+    failed = model_view(state=ModelState.FAILED, reason="shard 3 is missing")
+    outcome = route("m", view(failed), {}, RNG)
+    assert outcome == Failed(ModelId("m"), "shard 3 is missing")
+    assert "shard 3 is missing" in of_route("m", outcome).message
+
+
+def test_a_target_is_used_whatever_the_state_says() -> None:
+    draining = model_view(target("i"), state=ModelState.DRAINING)
+    assert route("m", view(draining), {}, RNG) == target("i")
+
+
+def test_the_less_busy_of_two_is_chosen_per_slot() -> None:
+    small, large = target("small", slots=2), target("large", slots=8)
+    counts = {InstanceId("small"): 1, InstanceId("large"): 3}
+    assert choose((small, large), counts, RNG) is large
+
+
+def test_a_free_slot_comes_before_none() -> None:
+    full, free = target("full", slots=1), target("free", slots=8, local=False)
+    counts = {InstanceId("full"): 1, InstanceId("free"): 7}
+    assert choose((full, free), counts, RNG) is free
+
+
+def test_local_wins_ties() -> None:
+    remote, local = target("remote", local=False), target("local")
+    assert choose((remote, local), {}, RNG) is local
+
+
+def test_the_broken_one_is_avoided_if_there_is_another() -> None:
+    one, two = target("one"), target("two")
+    avoid = frozenset((InstanceId("one"),))
+    assert choose((one, two), {InstanceId("two"): 3}, RNG, avoid) is two
+    assert route("m", view(model_view(one)), {}, RNG, avoid) == one
+
+
+def test_many_targets_share_the_load() -> None:
+    targets = tuple(target(f"i{n}", slots=1000) for n in range(4))
+    counts: Counter[InstanceId] = Counter()
+    rng = random.Random(1)
+    for _ in range(400):
+        counts[choose(targets, counts, rng).instance] += 1
+    assert max(counts.values()) - min(counts.values()) <= 10
