@@ -280,7 +280,8 @@ _MODEL_STATE = {
     ChildState.STARTING: ModelState.LOADING,
     ChildState.READY: ModelState.READY,
     ChildState.DRAINING: ModelState.DRAINING,
-    ChildState.STOPPING: ModelState.DRAINING,
+    # A stop that hosting ordered is DRAINING already; any other one makes way for a new start.
+    ChildState.STOPPING: ModelState.LOADING,
     ChildState.BACKOFF: ModelState.LOADING,
     ChildState.FAILED: ModelState.FAILED,
 }

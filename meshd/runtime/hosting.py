@@ -185,6 +185,8 @@ class Entry:
     """Number of the inspection that runs; answers to any other are of the past."""
     engine: bool = False
     """An engine was started and has not reported ABSENT."""
+    stopping: bool = False
+    """Its stop was ordered: what it reports until ABSENT is of no more interest."""
     retry_at: float | None = None
 
 
@@ -246,13 +248,11 @@ class Hosting:
             return [accept, self._verify(Entry(event.model, event.ref, event.options, _VERIFYING))]
         if entry.engine and (not entry.wanted or entry.options != event.options):  # 2, 5
             stopping = replace(entry, wanted=True, options=event.options)
-            self._put(stopping, ModelState.DRAINING, "restarting with other options")
-            return [accept, StopEngine(entry.model, self._restart_drain_s)]
+            return [accept, self._end(stopping, "restarting with other options")]
         if entry.state is ModelState.FAILED:  # 2
             retry = replace(entry, wanted=True, options=event.options)
             if entry.engine:
-                self._put(retry, ModelState.DRAINING, "trying again")
-                return [accept, StopEngine(entry.model, 0.0)]
+                return [accept, self._end(retry, "trying again", drain_s=0.0)]
             return [accept, self._verify(retry)]
         self._entries[entry.model] = replace(entry, wanted=True, options=event.options)
         return [accept]
@@ -264,8 +264,11 @@ class Hosting:
         if not entry.engine:
             del self._entries[event.model]
             return []
-        self._put(replace(entry, wanted=False), ModelState.DRAINING, "unloading")  # 5
-        return [StopEngine(event.model, event.drain_s)]
+        return [self._end(replace(entry, wanted=False), "unloading", drain_s=event.drain_s)]  # 5
+
+    def _end(self, entry: Entry, reason: str, *, drain_s: float | None = None) -> Effect:
+        self._put(replace(entry, stopping=True), ModelState.DRAINING, reason)
+        return StopEngine(entry.model, self._restart_drain_s if drain_s is None else drain_s)
 
     # -- weights ----------------------------------------------------------------------------------
 
@@ -324,12 +327,10 @@ class Hosting:
         if entry is None or not entry.engine:
             return []
         if event.state is not ModelState.ABSENT:
-            if entry.state is ModelState.DRAINING and event.state is not ModelState.READY:
-                return []  # what we said of the drain says more
-            if entry.state is not ModelState.DRAINING:
+            if not entry.stopping:
                 self._put(entry, event.state, event.reason)
             return []
-        stopped = replace(entry, engine=False)
+        stopped = replace(entry, engine=False, stopping=False)
         if entry.wanted:  # 2, 5
             return [self._verify(stopped)]
         del self._entries[event.model]

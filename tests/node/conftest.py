@@ -73,6 +73,14 @@ class Daemon:
         path = self.data_dir / "stderr.txt"
         return path.read_text()[-4000:] if path.exists() else ""
 
+    def flight(self) -> str:
+        """The last events and effects of every machine, for the report of a failure."""
+        try:
+            lines: list[str] = self.admin.get("/flight")["lines"]
+        except DaemonNotRunning:
+            return "(the daemon is gone)"
+        return "\n".join(lines[-60:])
+
     def status(self) -> dict[str, Any]:
         status: dict[str, Any] = self.admin.get("/status")
         return status
@@ -91,7 +99,10 @@ class Daemon:
         def reached() -> bool:
             return self.model(name)["state"] in states
 
-        wait_until(reached, timeout_s=timeout_s, what=f"{name} {states}; {self.stderr()}")
+        try:
+            wait_until(reached, timeout_s=timeout_s, what=f"{name} {states}")
+        except pytest.fail.Exception as failure:
+            raise AssertionError(f"{failure}\n{self.stderr()}\n{self.flight()}") from None
         return self.model(name)
 
     def engines(self) -> list[psutil.Process]:

@@ -169,6 +169,20 @@ def test_unload_before_an_engine_forgets_at_once(hosting: Hosting) -> None:
     assert hosting.handle(UnloadAsked(M, 9.0), 0.0) == []
 
 
+def test_an_engine_that_restarts_by_itself_is_ready_again(hosting: Hosting) -> None:
+    serve(hosting)
+    for reported in (ModelState.DRAINING, ModelState.LOADING, ModelState.READY):
+        assert hosting.handle(EngineReported(M, reported, "hung"), 1.0) == []
+        assert state(hosting) is reported
+
+
+def test_an_engine_that_is_told_to_stop_is_not_ready_again(hosting: Hosting) -> None:
+    serve(hosting)
+    hosting.handle(UnloadAsked(M, 9.0), 1.0)
+    hosting.handle(EngineReported(M, ModelState.READY), 1.0)
+    assert state(hosting) is ModelState.DRAINING
+
+
 def test_a_load_while_unloading_wins(hosting: Hosting) -> None:
     serve(hosting)
     hosting.handle(UnloadAsked(M, 9.0), 1.0)
