@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 MAX_AHEAD_BYTES = 64 * 1024
 """Pipelined bytes that are kept before reading from the client stops."""
+MAX_HEAD_BYTES = 64 * 1024
+"""Of a request in the slow lane; aiohttp alone bounds lines and their number, and so 1 MiB."""
 MAX_WAIT_S = 3600.0
 MAX_REQUEST_ID_BYTES = 128
 REJECTED_LINGER_S = 1.0
@@ -135,7 +137,10 @@ class Connection(RequestHandler):
         "_answered",
         "_exchange",
         "_front",
+        "_head_bytes",
+        "_head_tail",
         "_held",
+        "_known",
         "_pending",
         "_processing",
         "_reader",
@@ -162,7 +167,11 @@ class Connection(RequestHandler):
         self.origin = ""
         """Whose turn its requests count as."""
         self._front = front
+        self._known = False
+        """Whether aiohttp was told of this connection."""
         self._slow = False
+        self._head_bytes = 0
+        self._head_tail: bytes | None = None
         self._pending = b""
         self._held = False
         self._processing = False
@@ -177,6 +186,7 @@ class Connection(RequestHandler):
         if len(front.connections) >= front.settings.max_connections:
             self._reject(transport)
             return
+        self._known = True
         front.connections.add(self)
         peer = transport.get_extra_info("peername")
         self.origin = str(peer[0]) if isinstance(peer, tuple) and peer else "local"
@@ -190,15 +200,18 @@ class Connection(RequestHandler):
         exchange = self._exchange
         if exchange is not None:
             exchange.client_gone()
-        if self.phase is not Phase.REJECTED:
+        if self._known:
             super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self.phase is Phase.REJECTED:
+            return
         if self._slow:
             if self.phase is Phase.IDLE:
                 self._enter(Phase.HEAD)
-            super().data_received(data)
-        elif self.phase is not Phase.REJECTED:
+                self._head_tail, self._head_bytes = b"", 0
+            self._feed_slow(data)
+        else:
             self._pending = self._pending + data if self._pending else data
             if self._exchange is None:
                 self._process()
@@ -206,7 +219,7 @@ class Connection(RequestHandler):
                 self._hold()
 
     def eof_received(self) -> None:
-        if self.phase is not Phase.REJECTED:
+        if self._known:
             super().eof_received()
 
     def pause_writing(self) -> None:
@@ -306,7 +319,8 @@ class Connection(RequestHandler):
         if self._held:
             self._let_go()
         self._enter(Phase.HEAD)
-        super().data_received(raw)
+        self._head_tail, self._head_bytes = b"", 0
+        self._feed_slow(raw)
 
     def _hold(self) -> None:
         if self.transport is not None:
@@ -319,6 +333,26 @@ class Connection(RequestHandler):
             self.transport.resume_reading()
 
     # -- slow lane --------------------------------------------------------------------------------
+
+    def _feed_slow(self, data: bytes) -> None:
+        if self._head_tail is not None:
+            window = self._head_tail + data
+            if b"\r\n\r\n" in window:
+                self._head_tail = None
+            else:
+                self._head_tail = window[-3:]
+                self._head_bytes += len(data)
+                if self._head_bytes > MAX_HEAD_BYTES:
+                    self._refuse_head()
+                    return
+        super().data_received(data)
+
+    def _refuse_head(self) -> None:
+        self._enter(Phase.REJECTED)  # reads on for a moment without looking, so that this is seen
+        error = InvalidRequest(f"the request head is over the limit of {MAX_HEAD_BYTES} bytes")
+        self._answer(error_bytes(error, self._front.make_request_id().decode(), keep_alive=False))
+        if self.transport is not None and self.transport.can_write_eof():
+            self.transport.write_eof()
 
     async def run_exchange(self, exchange: Exchange) -> None:
         """Relay `exchange`, whose bytes go straight to the transport; returns when it is over."""

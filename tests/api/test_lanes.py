@@ -136,6 +136,17 @@ async def test_what_is_not_http_is_400_and_does_not_flood_the_log(
     assert not caplog.records
 
 
+async def test_a_head_of_many_long_lines_is_refused(api: Api) -> None:
+    client = await api.connect()
+    await client.send(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n")
+    for number in range(20):
+        await client.send(b"X-%d: %b\r\n" % (number, b"y" * 5_000))
+    answer = await client.answer()
+    assert (answer.status, answer.code) == (400, "invalid_request")
+    assert await client.rest() == b""
+    await eventually(lambda: not api.server._front.connections)  # type: ignore[union-attr]
+
+
 async def test_missing_and_double_host_are_400(api: Api) -> None:
     for hosts in (b"", b"Host: localhost\r\nHost: localhost\r\n"):
         answer = await api.ask(b"GET /livez HTTP/1.1\r\n" + hosts + b"\r\n")
