@@ -188,7 +188,7 @@ class Node:
     # -- end --------------------------------------------------------------------------------------
 
     async def _wait_for_end(self, stack: ServiceStack) -> None:
-        told = asyncio.create_task(self._stop.wait(), name="node:told to stop")
+        told = asyncio.create_task(self._wait_told(), name="node:told to stop")
         try:
             await asyncio.wait({told, stack.failed}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -198,6 +198,9 @@ class Node:
             log.critical("a service failed; stopping", exc_info=error)
             self._write_flight()
             self._exit_code = 1
+
+    async def _wait_told(self) -> None:
+        await self._stop.wait()
 
     async def _shut_down(self, stack: ServiceStack, api: ApiServer) -> None:
         self._set_node(state=NodeState.DRAINING)
@@ -274,4 +277,4 @@ def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
         return None
     import uvloop
 
-    return uvloop.Loop  # type: ignore[no-any-return]
+    return uvloop.Loop

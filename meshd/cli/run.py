@@ -35,6 +35,6 @@ def run(config_file: Path | None, no_mdns: bool, **flags: Any) -> int:
     flags["mdns"] = False if no_mdns else None
     values = {key: str(v) if isinstance(v, Path) else v for key, v in flags.items()}
     loaded = config.load(values, file=config_file)
-    from meshd import node  # late: usage and configuration errors need no daemon
+    from meshd.node import run as run_node  # late: a usage error needs no daemon
 
-    return node.run(loaded)
+    return run_node(loaded)

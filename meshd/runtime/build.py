@@ -58,8 +58,11 @@ class BuildOptions:
     jobs: int | None = None
 
 
-def cmake_args(options: BuildOptions) -> tuple[str, ...]:
-    """Every choice of the build, explicit: nothing is left to what the machine happens to have."""
+def cmake_args(options: BuildOptions, commit: str) -> tuple[str, ...]:
+    """Every choice of the build, explicit: nothing is left to what the machine happens to have.
+
+    `commit` is what `--version` will say; an unpacked archive has no git to ask.
+    """
     arguments = [
         "-DCMAKE_BUILD_TYPE=Release",
         "-DGGML_RPC=ON",
@@ -71,6 +74,7 @@ def cmake_args(options: BuildOptions) -> tuple[str, ...]:
         # Binaries find their libraries beside themselves, wherever they are moved.
         "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON",
         "-DCMAKE_INSTALL_RPATH=$ORIGIN",
+        f"-DLLAMA_BUILD_COMMIT={commit}",
         *_BACKEND_FLAGS[options.backend],
     ]
     if options.backend == "cuda":
@@ -123,8 +127,8 @@ def build(
 
 
 def _runtime_id(source: Source, options: BuildOptions, tools: Toolchain) -> str:
-    facts = (source.sha256 or source.name, source.commit, *cmake_args(options), tools.compiler,
-             platform.machine())  # fmt: skip
+    facts = [source.sha256 or source.name, tools.compiler, platform.machine()]
+    facts += cmake_args(options, source.commit)
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
     return f"{options.backend}-{source.commit}-{digest}"
 
@@ -158,7 +162,7 @@ def _configure(
     progress("configuring", 0.0)
     command = [
         *(tools.cmake, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools.ninja}"),
-        *("-S", str(source.directory), "-B", str(work), *cmake_args(options)),
+        *("-S", str(source.directory), "-B", str(work), *cmake_args(options, source.commit)),
     ]
     _run(command, log, lambda line: None)
 
@@ -233,7 +237,7 @@ def _publish(
         source=source.name,
         source_sha256=source.sha256,
         commit=source.commit,
-        cmake_args=cmake_args(options),
+        cmake_args=cmake_args(options, source.commit),
         cmake_cache=_cmake_cache(work / "CMakeCache.txt"),
         compiler=tools.compiler,
         built_at=time.time(),
