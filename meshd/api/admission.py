@@ -16,7 +16,7 @@ Fairness: the queue is a ring of origins, each with a first-in-first-out line of
 goes to the next origin that has somebody waiting. One origin that floods delays itself.
 
 `arrive` and `finish` are the two events of every request; they may be called as methods, which
-saves the hot path an object and a dispatch (see `Admitter` in relay.py).
+saves the hot path an object and a dispatch (see relay.py).
 """
 
 from __future__ import annotations

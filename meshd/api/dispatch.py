@@ -14,8 +14,9 @@ from aiohttp.web_request import BaseRequest
 from aiohttp.web_response import Response, StreamResponse
 
 from meshd.api.access import OPEN_PATHS
+from meshd.api.connection import Connection, Relayed
 from meshd.api.exchange import Exchange
-from meshd.api.front import Connection, Front, Relayed
+from meshd.api.front import Front
 from meshd.api.paths import FORWARDED, RELAY_PATHS
 from meshd.api.responses import error_body, error_headers
 from meshd.errors import (

@@ -1,7 +1,7 @@
 """One request's life, from its body to the last byte of its answer.
 
 No task, no await: an exchange moves when it is called, by its client's connection, by admission,
-by its upstream connection, or by the sweeper when it is late. Both lanes of front.py use it.
+by its upstream connection, or by the sweeper when it is late. Both lanes of connection.py use it.
 
 NEW → WAITING (for admission) → SENT (no answer yet) → RELAYING → DONE, and from each straight to
 DONE. What ends it, and what the client sees:

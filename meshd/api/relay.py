@@ -16,9 +16,9 @@ from meshd.api.admission import (
     Refusal,
 )
 from meshd.api.exchange import Exchange
+from meshd.api.pool import Pool
 from meshd.api.route import Route, route
 from meshd.api.traffic import Traffic
-from meshd.api.upstream import Pool
 from meshd.config import ApiSettings
 from meshd.ids import InstanceId, ModelId
 from meshd.kernel import Clock, FlightRecorder

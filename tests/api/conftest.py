@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 from meshd.config import ApiSettings, Config
 from tests.api.scripted import Api, Engine
@@ -48,3 +49,8 @@ async def start_api(tmp_path: Path) -> AsyncIterator[Starter]:
 @pytest.fixture
 async def api(start_api: Starter) -> Api:
     return await start_api()
+
+
+def pytest_asyncio_loop_factories(config: Any, item: Any) -> dict[str, Any]:
+    """The loop the daemon runs on."""
+    return {"uvloop": uvloop.new_event_loop}
