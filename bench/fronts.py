@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import shutil
 import sys
@@ -11,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from subprocess import Popen
 
+from bench.chats import chat_status
 from bench.compiled import binary
 from bench.machine import first_line, versions
 from bench.processes import (
     BenchError,
     Stable,
     accepts,
+    argv_of,
     children_of,
-    command_of,
     free_port,
     wait_for,
 )
@@ -206,28 +206,10 @@ class Bench:
         wait_for(answers, limit_s=START_LIMIT_S, what="a chat is answered 200", step_s=0.1)
 
 
-def chat_status(port: int, model: str, *, limit_s: float = 30.0) -> int | None:
-    """Status of one short chat, or None if there was no answer."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=limit_s)
-    messages = [{"role": "user", "content": "a"}]
-    body = json.dumps({"model": model, "messages": messages, "max_tokens": 1})
-    try:
-        connection.request(
-            "POST", "/v1/chat/completions", body, {"Content-Type": "application/json"}
-        )
-        answer = connection.getresponse()
-        answer.read()
-    except (OSError, http.client.HTTPException):
-        return None
-    finally:
-        connection.close()
-    return answer.status
-
-
 def _with_engine(front: Front) -> Front:
     """meshd's own mock is its child."""
     assert front.proxy_pid is not None
     for pid in children_of(front.proxy_pid):
-        if command_of(pid) in ("llama-server", "mock_engine"):
+        if "--alias" in argv_of(pid):
             return Front(front.name, front.port, front.model, front.proxy_pid, pid, front.version)
     raise BenchError("meshd runs no engine of its own")

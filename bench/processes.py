@@ -126,6 +126,12 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) * TICK_S
 
 
+def queued_s(pid: int) -> float:
+    """How long its main thread was ready to run while the core ran something else. What another
+    process took shows here; it is not the program's own doing."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+
+
 def rss_bytes(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_BYTES
 
@@ -139,8 +145,8 @@ def children_of(pid: int) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def command_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/comm").read_text().strip()
+def argv_of(pid: int) -> tuple[str, ...]:
+    return tuple(Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1])
 
 
 def place(pid: int, cores: frozenset[int]) -> None:
