@@ -206,6 +206,8 @@ class Node:
         self._set_node(state=NodeState.DRAINING)
         if self._exit_code == 0:
             await self._drain(api)
+        # An engine finishes its streams before it follows a TERM: leave it none.
+        api.cut_off()
         api.hurry()
         await stack.stop()
         self._pool.close()

@@ -81,6 +81,12 @@ class ApiServer(Service):
         """Do not wait for requests in flight any longer."""
         self._hurry.set()
 
+    def cut_off(self) -> None:
+        """End every request in flight, each with the answer or event its state still allows."""
+        for exchange in tuple(self._relay.active):
+            exchange.keep_alive = False
+            exchange.fail(refusals.draining())
+
     def status(self) -> dict[str, Any]:
         """What `/mesh/status` says."""
         from meshd.api import status
@@ -170,9 +176,7 @@ class ApiServer(Service):
         finally:
             hurry.cancel()
             idle.cancel()
-        for exchange in tuple(self._relay.active):
-            exchange.keep_alive = False
-            exchange.fail(refusals.draining())
+        self.cut_off()
 
     async def _until_hurry(self) -> None:
         await self._hurry.wait()
