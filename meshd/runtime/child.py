@@ -6,23 +6,25 @@ Rules, numbered as in the code:
 2. A start has no total limit. It fails when nothing moved for `start_silence_s`, and at once on a
    deterministic fault when the process has exited.
 3. READY needs a passed startup probe: health, identity, slots, one generated token.
-4. A ready process is probed every `probe_interval_s`. It is hung when neither a probe nor any
-   progress said otherwise for `hang_after_s`, and when an idle one fails its canary.
+4. A ready process is probed every `probe_interval_s`. It is hung when a probe fails
+   `hang_after_s` after the last sign of life, and when an idle one fails its canary: only what was
+   asked can be found silent, whatever kept us from asking. Progress without an answer (a long
+   prompt, or a loop that will never end) counts for `BUSY_FACTOR` times `hang_after_s`.
 5. A process that ended unasked is started again after a back-off, `restart_budget` times within
    `restart_window_s`; then, or at once when memory was short, one rung smaller with a fresh
    budget; and when there is no smaller rung the child has FAILED.
-6. A deterministic fault is FAILED at once: trying again would only repeat it.
+6. A deterministic fault is FAILED at once: trying again would only repeat it. But a process that
+   was READY has shown that its launch works, and a fault that it survived did not end it.
 7. A stop drains, then sends TERM, then KILL after `stop_grace_s`, and KILL again until it is gone.
-   A second stop can only shorten the wait.
-8. FAILED ends by StartAsked (a fresh budget, the spec as first asked for) or StopAsked.
+   A second stop can only shorten the drain.
+8. FAILED ends by StartAsked (a fresh budget, the spec as first asked for) or StopAsked. StartAsked
+   also ends the wait of a BACKOFF; in any other state what it asks for is on its way, or is being
+   ended.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import assert_never
 
 from meshd.kernel.machine import Tick
@@ -50,30 +52,18 @@ from meshd.runtime.child_events import (
     StartAsked,
     StopAsked,
 )
-from meshd.runtime.degrade import next_rung
+from meshd.runtime.degrade import given_up, next_rung
 from meshd.runtime.faults import Fault, worse
 from meshd.runtime.launch import LaunchSpec
+from meshd.runtime.restart import RestartBudget
 
-FIRST_BACKOFF_S = 0.5
-LONGEST_BACKOFF_S = 30.0
 STARTUP_PROBE_S = 0.02
 """First wait between startup probes; grows by half to `SLOWEST_STARTUP_PROBE_S`."""
 SLOWEST_STARTUP_PROBE_S = 0.5
+SHORTEST_PROBE_S = 0.1
+"""Between two probes of a ready process, whatever the configuration says."""
+BUSY_FACTOR = 10
 KILL_AGAIN_S = 2.0
-
-_S = ChildState
-TRANSITIONS: Mapping[ChildState, frozenset[ChildState]] = MappingProxyType(
-    {
-        _S.STOPPED: frozenset({_S.STARTING}),
-        _S.STARTING: frozenset({_S.READY, _S.STOPPING, _S.BACKOFF, _S.FAILED}),
-        _S.READY: frozenset({_S.DRAINING, _S.STOPPING, _S.STARTING, _S.BACKOFF, _S.FAILED}),
-        _S.DRAINING: frozenset({_S.STOPPING, _S.STOPPED}),
-        _S.STOPPING: frozenset({_S.STOPPED, _S.STARTING, _S.BACKOFF, _S.FAILED}),
-        _S.BACKOFF: frozenset({_S.STARTING, _S.STOPPED}),
-        _S.FAILED: frozenset({_S.STARTING, _S.STOPPED}),
-    }
-)
-"""Every legal change of state; STARTING to itself (a smaller rung at once) is no change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +89,7 @@ class Child:
         self.pid: int | None = None
         self.facts: EngineFacts | None = None
         self.degraded: str | None = None
-        """What was given up so far, in words."""
+        """All that was given up of what was asked for, in words."""
         self.retry_at: float | None = None
         """When a BACKOFF ends."""
         self._asked = spec
@@ -111,12 +101,18 @@ class Child:
         """Set when the process is being ended because something is wrong with it."""
         self._cause = ""
         """Why the last process ended."""
-        self._restarts: deque[float] = deque()
+        self._restarts = RestartBudget(policy.restart_budget, policy.restart_window_s)
         self._silent_at = 0.0
+        """When silence is too long. STARTING: a timer; READY: judged when a probe fails."""
+        self._answered_at = 0.0
+        self._last_wrong = ""
+        """What the last failed startup probe said."""
         self._probe_at: float | None = None
         self._probe_wait = STARTUP_PROBE_S
         self._canary_at = 0.0
         self._canary_runs = False
+        self._served = False
+        """It was READY."""
         self._stop_at: float | None = None
         """DRAINING: when TERM is due. STOPPING: when (the next) KILL is."""
         self._out: list[Effect] = []
@@ -126,7 +122,7 @@ class Child:
             case ChildState.STARTING:
                 return _earliest(self._probe_at, self._silent_at)
             case ChildState.READY:
-                return _earliest(self._probe_at, self._silent_at)
+                return self._probe_at
             case ChildState.DRAINING | ChildState.STOPPING:
                 return self._stop_at
             case ChildState.BACKOFF:
@@ -173,14 +169,14 @@ class Child:
             case ProbePassed():
                 self._passed(event, now)
             case ProbeNotYet():
-                self._not_yet(now)
+                self._not_yet(event.kind, now)
             case ProbeFailed():
                 self._probe_failed(event, now)
             case Drained():
                 if self.state is ChildState.DRAINING:
                     self._end_process(now, None)
             case Exited():
-                self._ended(_describe_exit(event.status), now)
+                self._ended(f"the engine {_describe_exit(event.status)}", now)
             case _:
                 assert_never(event)
 
@@ -189,37 +185,38 @@ class Child:
     def _start(self, now: float) -> None:
         if self.state in (ChildState.STOPPED, ChildState.FAILED):  # 1, 8
             self._spec, self.degraded = self._asked, None
-            self._restarts.clear()
+            self._restarts.refill()
             self._spawn(now, "starting the engine")
+        elif self.state is ChildState.BACKOFF:
+            self._spawn(now, f"starting again, as asked: {self._cause}")
 
     def _spawn(self, now: float, reason: str) -> None:
         self.generation += 1
         self._alive = True
         self.pid, self.facts, self.retry_at = None, None, None
-        self._fault, self._kill_reason = None, None
+        self._fault, self._kill_reason, self._last_wrong = None, None, ""
         self._silent_at = now + self._policy.start_silence_s
         self._probe_wait = STARTUP_PROBE_S
         self._probe_at = now + self._probe_wait
-        self._canary_runs = False
+        self._canary_runs = self._served = False
         self._become(ChildState.STARTING, reason)
         self._out.append(Spawn(self.generation, self._spec))
 
     def _stop(self, drain_s: float, now: float) -> None:  # 7
         match self.state:
+            case ChildState.READY | ChildState.DRAINING if drain_s <= 0:
+                self._end_process(now, None)
             case ChildState.READY:
                 self._stop_at = now + drain_s
                 self._become(ChildState.DRAINING, "finishing the requests in flight")
                 self._out.append(AwaitDrain(self.generation))
-                if drain_s == 0:
-                    self._end_process(now, None)
             case ChildState.DRAINING:
                 self._stop_at = min(self._stop_at or now, now + drain_s)
-                if drain_s == 0:
-                    self._end_process(now, None)
             case ChildState.STARTING:
                 self._end_process(now, None)
             case ChildState.STOPPING:
                 self._kill_reason = None  # whatever was wrong with it, it is not wanted any more
+                self._become(ChildState.STOPPING, "stopping the engine")
             case ChildState.BACKOFF | ChildState.FAILED:
                 self._become(ChildState.STOPPED, None)
             case ChildState.STOPPED:
@@ -245,48 +242,65 @@ class Child:
         if self.state is ChildState.STARTING:
             self._silent_at = now + self._policy.start_silence_s
         elif self.state is ChildState.READY:
-            self._silent_at = now + self._policy.hang_after_s
+            busy_limit = self._answered_at + BUSY_FACTOR * self._policy.hang_after_s  # 4
+            self._silent_at = max(self._silent_at, min(now + self._policy.hang_after_s, busy_limit))
 
     def _passed(self, event: ProbePassed, now: float) -> None:
         policy = self._policy
         if self.state is ChildState.STARTING and event.kind is ProbeKind.STARTUP:  # 3
             self.facts = event.facts
-            self._silent_at = now + policy.hang_after_s
-            self._probe_at = now + policy.probe_interval_s
+            self._served = True
+            self._answered(now)
+            self._probe_at = now + self._probe_interval()
             self._canary_at = now + policy.canary_interval_s
             self._become(ChildState.READY, None)
             return
         if self.state is not ChildState.READY:
             return
-        self._silent_at = now + policy.hang_after_s
+        self._answered(now)
         if event.kind is ProbeKind.CANARY:
             self._canary_runs = False
             self._canary_at = now + policy.canary_interval_s
             return
-        self._probe_at = now + policy.probe_interval_s
+        self._probe_at = now + self._probe_interval()
         wanted = policy.canary_interval_s > 0 and not self._canary_runs
         if wanted and now >= self._canary_at and event.idle_s >= policy.canary_interval_s:  # 4
             self._canary_runs = True
             self._out.append(Probe(self.generation, ProbeKind.CANARY))
 
-    def _not_yet(self, now: float) -> None:
+    def _answered(self, now: float) -> None:
+        self._answered_at = now
+        self._silent_at = now + self._policy.hang_after_s
+        self._fault = None  # 6
+
+    def _probe_interval(self) -> float:
+        return max(self._policy.probe_interval_s, SHORTEST_PROBE_S)
+
+    def _not_yet(self, kind: ProbeKind, now: float) -> None:
         if self.state is ChildState.STARTING:
             self._probe_wait = min(self._probe_wait * 1.5, SLOWEST_STARTUP_PROBE_S)
             self._probe_at = now + self._probe_wait
+        elif self.state is ChildState.READY and kind is ProbeKind.CANARY:
+            self._canary_runs = False
+            self._canary_at = now + self._policy.canary_interval_s
         elif self.state is ChildState.READY:
-            self._probe_at = now + self._policy.probe_interval_s
+            self._probe_at = now + self._probe_interval()
 
     def _probe_failed(self, event: ProbeFailed, now: float) -> None:
         if self.state is ChildState.STARTING:
+            self._last_wrong = event.reason
             if event.final:
                 self._end_process(now, event.reason)
             else:
-                self._not_yet(now)
+                self._not_yet(event.kind, now)
         elif self.state is ChildState.READY:
             if event.kind is ProbeKind.CANARY:  # 4
                 self._kill_hung(now, f"the idle engine failed its canary: {event.reason}")
+            elif now >= self._silent_at:  # 4
+                silence = now - self._answered_at
+                self._kill_hung(now, f"the engine answered nothing for {silence:.0f} s")
             else:
-                self._probe_at = now + self._policy.probe_interval_s
+                self._probe_at = min(now + self._probe_interval(), self._silent_at)
 
     def _ended(self, how: str, now: float) -> None:
         self._alive, self.pid = False, None
@@ -297,8 +311,8 @@ class Child:
             return
         self.facts = None
         fault = self._fault
-        reason = fault.message if fault is not None else self._kill_reason or f"the engine {how}"
-        if fault is not None and fault.deterministic:  # 6
+        reason = fault.message if fault is not None else self._kill_reason or how
+        if fault is not None and fault.deterministic and not self._served:  # 6
             self._become(ChildState.FAILED, reason)
         elif fault is not None and fault.out_of_memory:  # 5
             self._degrade(reason, now)
@@ -306,18 +320,13 @@ class Child:
             self._restart(reason, now)
 
     def _restart(self, reason: str, now: float) -> None:  # 5
-        policy = self._policy
-        while self._restarts and self._restarts[0] <= now - policy.restart_window_s:
-            self._restarts.popleft()
-        count = len(self._restarts)
-        if count >= policy.restart_budget:
-            self._degrade(
-                f"{reason} ({count + 1} times within {policy.restart_window_s:.0f} s)", now
-            )
+        wait = self._restarts.try_take(now)
+        if wait is None:
+            policy = self._policy
+            often = f"{policy.restart_budget + 1} times within {policy.restart_window_s:.0f} s"
+            self._degrade(f"{reason} ({often})", now)
             return
-        self._restarts.append(now)
         self._cause = reason
-        wait = min(FIRST_BACKOFF_S * 2**count, LONGEST_BACKOFF_S)
         self.retry_at = now + wait
         self._become(ChildState.BACKOFF, f"{reason}; starting again in {wait:g} s")
 
@@ -327,9 +336,9 @@ class Child:
             self._become(ChildState.FAILED, f"{reason}; nothing smaller is left to try")
             return
         self._spec = rung.spec
-        self.degraded = rung.given_up
-        self._restarts.clear()
-        self._spawn(now, f"{reason}; trying with a {rung.given_up}")
+        self.degraded = given_up(self._asked, rung.spec)
+        self._restarts.refill()
+        self._spawn(now, f"{reason}; trying with {rung.words}")
 
     # -- time -------------------------------------------------------------------------------------
 
@@ -348,14 +357,13 @@ class Child:
                 pass
 
     def _tick_process(self, now: float) -> None:
-        if self._silent_at <= now:  # 2, 4
-            starting = self.state is ChildState.STARTING
-            limit = self._policy.start_silence_s if starting else self._policy.hang_after_s
-            what = "made no progress in starting" if starting else "answered nothing"
-            self._kill_hung(now, f"the engine {what} for {limit:g} s")
+        starting = self.state is ChildState.STARTING
+        if starting and self._silent_at <= now:  # 2
+            said = f"; when asked: {self._last_wrong}" if self._last_wrong else ""
+            limit = self._policy.start_silence_s
+            self._kill_hung(now, f"the engine made no progress in starting for {limit:g} s{said}")
         elif self._probe_at is not None and self._probe_at <= now:
             self._probe_at = None  # until it is answered
-            starting = self.state is ChildState.STARTING
             kind = ProbeKind.STARTUP if starting else ProbeKind.LIVENESS
             self._out.append(Probe(self.generation, kind))
 
@@ -372,14 +380,3 @@ def _describe_exit(status: int) -> str:
 
 def _earliest(*times: float | None) -> float | None:
     return min((t for t in times if t is not None), default=None)
-
-
-def state_diagram() -> str:
-    """The table above as a Mermaid diagram, for the documentation."""
-    lines = ["stateDiagram-v2", "    [*] --> stopped"]
-    lines += [
-        f"    {source} --> {target}"
-        for source, targets in TRANSITIONS.items()
-        for target in sorted(targets)
-    ]
-    return "\n".join(lines) + "\n"

@@ -1,9 +1,11 @@
-"""What a child's machine is told and what it orders; see `meshd.runtime.child`."""
+"""What a child's machine is told, what it orders, and its states; see `meshd.runtime.child`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from types import MappingProxyType
 
 from meshd.kernel.machine import Tick
 from meshd.runtime.faults import Fault
@@ -19,6 +21,32 @@ class ChildState(StrEnum):
     STOPPING = "stopping"
     BACKOFF = "backoff"
     FAILED = "failed"
+
+
+_S = ChildState
+TRANSITIONS: Mapping[ChildState, frozenset[ChildState]] = MappingProxyType(
+    {
+        _S.STOPPED: frozenset({_S.STARTING}),
+        _S.STARTING: frozenset({_S.READY, _S.STOPPING, _S.BACKOFF, _S.FAILED}),
+        _S.READY: frozenset({_S.DRAINING, _S.STOPPING, _S.STARTING, _S.BACKOFF, _S.FAILED}),
+        _S.DRAINING: frozenset({_S.STOPPING, _S.STOPPED}),
+        _S.STOPPING: frozenset({_S.STOPPED, _S.STARTING, _S.BACKOFF, _S.FAILED}),
+        _S.BACKOFF: frozenset({_S.STARTING, _S.STOPPED}),
+        _S.FAILED: frozenset({_S.STARTING, _S.STOPPED}),
+    }
+)
+"""Every legal change of state; STARTING to itself (a smaller rung at once) is no change."""
+
+
+def state_diagram() -> str:
+    """`TRANSITIONS` as a Mermaid diagram, for the documentation."""
+    lines = ["stateDiagram-v2", "    [*] --> stopped"]
+    lines += [
+        f"    {source} --> {target}"
+        for source, targets in TRANSITIONS.items()
+        for target in sorted(targets)
+    ]
+    return "\n".join(lines) + "\n"
 
 
 class ProbeKind(StrEnum):

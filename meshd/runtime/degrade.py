@@ -13,8 +13,8 @@ MIN_CONTEXT = 2048
 @dataclass(frozen=True, slots=True)
 class Rung:
     spec: LaunchSpec
-    given_up: str
-    """In words, for status: what the user does not get."""
+    words: str
+    """What this step changes: "a context of 2048 tokens"."""
 
 
 def next_rung(spec: LaunchSpec) -> Rung | None:
@@ -25,12 +25,26 @@ def next_rung(spec: LaunchSpec) -> Rung | None:
     """
     if spec.context > MIN_CONTEXT:  # 1
         context = max(MIN_CONTEXT, spec.context // 2)
-        return Rung(replace(spec, context=context), f"context of {context} tokens")
-    if spec.kv_type is not None:  # 2
-        return Rung(replace(spec, kv_type=None), "KV cache of type f16")
+        return Rung(replace(spec, context=context), f"a context of {context} tokens")
+    if spec.kv_type not in (None, "f16"):  # 2
+        return Rung(replace(spec, kv_type=None), "a KV cache of type f16")
     if spec.parallel > 1:  # 3
         return Rung(replace(spec, parallel=1), "one request at a time")
     if spec.gpu_layers:  # 4
         layers = spec.gpu_layers // 2
         return Rung(replace(spec, gpu_layers=layers), f"{layers} layers on the device")
     return None
+
+
+def given_up(asked: LaunchSpec, now: LaunchSpec) -> str | None:
+    """All that `now` lacks of `asked`, in words for status; None if nothing."""
+    lacks = []
+    if now.context != asked.context:
+        lacks.append(f"context of {now.context} instead of {asked.context} tokens")
+    if now.kv_type != asked.kv_type:
+        lacks.append(f"KV cache of type f16 instead of {asked.kv_type}")
+    if now.parallel != asked.parallel:
+        lacks.append(f"{now.parallel} instead of {asked.parallel} requests at a time")
+    if now.gpu_layers != asked.gpu_layers:
+        lacks.append(f"{now.gpu_layers} instead of {asked.gpu_layers} layers on the device")
+    return ", ".join(lacks) or None

@@ -103,7 +103,7 @@ _PATTERNS = (
     ),
     _pattern(
         "bad_argument",
-        r"error(?: while handling argument|: (?:invalid|unknown) argument)[: ]+(?P<w>.+)",
+        r"^error(?: while handling argument|: (?:invalid|unknown) argument)[: ]+(?P<w>.+)",
         r"the engine does not understand its command line: \g<w>",
         deterministic=True,
         rank=5,
@@ -123,6 +123,13 @@ _PATTERNS = (
         r"the file is not GGUF: \g<w>",
         deterministic=True,
         rank=4,
+    ),
+    _pattern(
+        "bad_gguf",
+        r"gguf_init_from_\w+: (?P<w>.+)",
+        r"the engine cannot read the GGUF file: \g<w>",
+        deterministic=True,
+        rank=3,
     ),
     _pattern(
         "bad_tensor",
@@ -147,10 +154,18 @@ _PATTERNS = (
     ),
     _pattern(
         "assertion",
-        r"(?P<w>GGML_ASSERT\(.+|GGML_ABORT.*|.*Assertion .+ failed.*)",
+        # Nothing open-ended before what is looked for: a line of 4 KiB would take a second.
+        r"(?P<w>GGML_ASSERT\(.+|\.(?:c|cpp|cu|cuh|h|m):\d+: fatal error|Assertion [`'].+' failed)",
         r"the engine gave itself up: \g<w>",
         deterministic=False,
         rank=3,
+    ),
+    _pattern(
+        "exception",
+        r"^\s+what\(\):\s+(?P<w>.+)",
+        r"the engine gave itself up: \g<w>",
+        deterministic=False,
+        rank=2,
     ),
     _pattern(
         "address_in_use",
@@ -161,7 +176,7 @@ _PATTERNS = (
     ),
     _pattern(
         "context",
-        r"failed to create context(?: with model '(?P<f>[^']+)')?",
+        r"failed to create[ _]context",
         "the engine could not create its context; most often memory is short",
         deterministic=False,
         out_of_memory=True,

@@ -6,13 +6,15 @@ Run as a program, by path and with `-I -S`, so it imports nothing of meshd:
 
 Asks the kernel for SIGKILL when the parent dies (Linux; elsewhere pid files have to do), checks
 that the parent did not die before that, puts signals back to their defaults, lets the kernel prefer
-this process to the daemon when memory runs out, and executes PROGRAM. It runs in place of code
+this process to the daemon when memory runs out, forbids core files (as large as the model, into a
+directory of sockets), and executes PROGRAM. It runs in place of code
 between fork and exec, which Python cannot do safely in a process with threads.
 
 Exit status: 125 the parent is gone, 127 the program cannot be executed (with one line why).
 """
 
 import os
+import resource
 import signal
 import sys
 
@@ -32,6 +34,8 @@ def main(argv: list[str]) -> int:
             file.write(oom_score_adj)
     except OSError:
         pass  # not this kernel, or not allowed: the engine runs all the same
+    hard_limit = resource.getrlimit(resource.RLIMIT_CORE)[1]
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard_limit))
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)

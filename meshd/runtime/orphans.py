@@ -8,11 +8,16 @@ from __future__ import annotations
 import logging
 import shutil
 import signal
+import time
 from pathlib import Path
 
 from meshd.runtime.process import send_to_group
 
 log = logging.getLogger(__name__)
+
+DEATH_LIMIT_S = 2.0
+"""How long to wait for the killed to be gone: a new engine may need the memory they hold."""
+POLL_S = 0.01
 
 
 def write_pid_file(path: Path, pid: int) -> None:
@@ -20,15 +25,15 @@ def write_pid_file(path: Path, pid: int) -> None:
 
 
 def start_time(pid: int) -> str | None:
-    """When `pid` began, in clock ticks since boot; None if there is no such process (or no /proc).
+    """When `pid` began, in clock ticks since boot; None if no such process runs (or no /proc).
 
     Source: field 22 of proc_pid_stat(5); the name in field 2 may hold blanks and brackets.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
+    except OSError:
         return None
-    return fields[19]
+    return None if fields[0] in ("Z", "X") else fields[19]
 
 
 def end_orphans(run_dir: Path) -> int:
@@ -36,17 +41,27 @@ def end_orphans(run_dir: Path) -> int:
 
     Call it with the data directory locked. Returns how many were killed.
     """
-    ended = 0
+    killed: list[tuple[int, str]] = []
     for path in sorted(run_dir.glob("*.pid")):
         try:
             pid_text, started = path.read_text().split()
             pid = int(pid_text)
         except (OSError, ValueError):
             continue  # half-written: its process was not yet trusted with anything
-        if started != "-" and start_time(pid) == started:
+        if pid > 1 and start_time(pid) == started:
             log.warning("ending engine %d, left over by a daemon that died", pid)
             send_to_group(pid, signal.SIGKILL)
-            ended += 1
+            killed.append((pid, started))
+    _wait_gone(killed)
     shutil.rmtree(run_dir, ignore_errors=True)
     run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return ended
+    return len(killed)
+
+
+def _wait_gone(killed: list[tuple[int, str]]) -> None:
+    deadline = time.monotonic() + DEATH_LIMIT_S
+    while any(start_time(pid) == started for pid, started in killed):
+        if time.monotonic() > deadline:
+            log.warning("engines left over by a daemon that died do not end: %s", killed)
+            return
+        time.sleep(POLL_S)

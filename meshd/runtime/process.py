@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -16,6 +17,9 @@ from meshd.runtime.output import LineSplitter
 GUARD = Path(__file__).with_name("guard.py")
 OOM_SCORE_ADJ = 300
 """The kernel ends engines before the daemon: those can be started again."""
+ENVIRONMENT = {"GGML_NO_BACKTRACE": "1"}
+"""llama.cpp starts a debugger on itself when it aborts: that keeps the memory of a dead engine for
+as long as it reads its symbols, and its own complaints would be taken for the engine's."""
 LAST_WORDS_S = 0.5
 """How long after the exit its output may still come; a grandchild can hold the pipe open."""
 
@@ -26,8 +30,9 @@ class ChildProcess:
     Status as in `subprocess`: the exit code, or minus the number of the signal.
     """
 
-    def __init__(self, transport: asyncio.SubprocessTransport) -> None:
+    def __init__(self, transport: asyncio.SubprocessTransport, exited: asyncio.Event) -> None:
         self._transport = transport
+        self._exited = exited
         pid = transport.get_pid()
         assert pid is not None, "a transport that was just made has a process"
         self.pid = pid
@@ -47,25 +52,29 @@ class ChildProcess:
             *(sys.executable, "-I", "-S", str(GUARD), str(os.getpid()), str(OOM_SCORE_ADJ), "--"),
             *argv,
         ]
-        transport, _ = await asyncio.get_running_loop().subprocess_exec(
+        transport, protocol = await asyncio.get_running_loop().subprocess_exec(
             lambda: _Output(on_line, on_exit),
             *guarded,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             cwd=cwd,
-            env=environment_of_children(),
+            env=environment_of_children(ENVIRONMENT),
             start_new_session=True,
         )
-        return cls(transport)
+        return cls(transport, protocol.exited)
+
+    async def wait_exit(self, timeout_s: float) -> bool:
+        """Whether the process ended, and `on_exit` was told, within `timeout_s`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._exited.wait()
+        return self._exited.is_set()
 
     def signal_group(self, number: signal.Signals) -> None:
         """Send `number` to the child and all it started; nothing if they are gone."""
         if self._transport.get_returncode() is None:
             send_to_group(self.pid, number)
-
-    def close(self) -> None:
-        self._transport.close()
 
 
 def send_to_group(pid: int, number: signal.Signals) -> None:
@@ -86,8 +95,9 @@ class _Output(asyncio.SubprocessProtocol):
         self._splitter = LineSplitter()
         self._transport: asyncio.SubprocessTransport | None = None
         self._pipe_open = True
-        self._exited = False
-        self._told = False
+        self._process_gone = False
+        self.exited = asyncio.Event()
+        """Set when the exit has been told."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transport has the methods but not the base class.
@@ -103,20 +113,22 @@ class _Output(asyncio.SubprocessProtocol):
         self._pipe_open = False
         for line in self._splitter.end():
             self._on_line(line)
-        if self._exited:
+        if self._process_gone:
             self._tell()
 
     def process_exited(self) -> None:
-        self._exited = True
+        self._process_gone = True
+        if self._transport is not None and (pid := self._transport.get_pid()) is not None:
+            send_to_group(pid, signal.SIGKILL)  # what it started ends with it
         if self._pipe_open:
             asyncio.get_running_loop().call_later(LAST_WORDS_S, self._tell)
         else:
             self._tell()
 
     def _tell(self) -> None:
-        if self._told or self._transport is None:
+        if self.exited.is_set() or self._transport is None:
             return
-        self._told = True
+        self.exited.set()
         status = self._transport.get_returncode()
         self._transport.close()
         self._on_exit(-1 if status is None else status)

@@ -17,7 +17,7 @@ from meshd.errors import MeshdError
 from meshd.ids import InstanceId, ModelId
 from meshd.kernel import Clock, Driver, FlightRecorder
 from meshd.runtime import prober
-from meshd.runtime.activity import Activity, read_activity
+from meshd.runtime.activity import Activity, moved, read_activity
 from meshd.runtime.child import Child, Policy
 from meshd.runtime.child_events import (
     Announce,
@@ -52,6 +52,10 @@ from meshd.runtime.process import ChildProcess
 log = logging.getLogger(__name__)
 
 EVIDENCE_LINES = 20
+WATCH_S = 1.0
+"""How often the kernel is asked what a process does that owes an answer."""
+OUTPUT_COUNTS_S = 0.25
+"""Lines that follow each other faster are one sign of life: a loading engine prints hundreds."""
 
 
 class SpawnTask(Protocol):
@@ -132,8 +136,10 @@ class EngineSupervisor:
         )
         self._instance: InstanceId | None = None
         self._process: ChildProcess | None = None
+        self._exited_generation = 0
         self._wanted_force: Force | None = None
-        self._activity: Activity | None = None
+        self._output_counted_at = float("-inf")
+        self._probes_out = 0
 
     @property
     def report(self) -> EngineReport:
@@ -186,7 +192,7 @@ class EngineSupervisor:
 
     def _begin_instance(self) -> None:
         self._instance = InstanceId(f"{INSTANCE_PREFIX}{self._rng.getrandbits(64):016x}")
-        self._wanted_force, self._activity = None, None
+        self._wanted_force = None
 
     async def _spawn(self, order: Spawn) -> None:
         generation, instance = order.generation, self._instance
@@ -199,16 +205,31 @@ class EngineSupervisor:
                 on_line=lambda line: self._line(generation, line),
                 on_exit=lambda status: self._exited(generation, instance, status),
             )
-            write_pid_file(self._pid_file(instance), process.pid)
         except OSError as error:
-            self._driver.post(
-                SpawnFailed(generation, f"no process could be started: {error.strerror}")
-            )
+            reason = f"no process could be started: {error.strerror or error}"
+            self._driver.post(SpawnFailed(generation, reason))
             return
+        if self._exited_generation == generation:
+            return  # it was faster than we
         self._process = process
+        try:
+            write_pid_file(self._pid_file(instance), process.pid)
+        except OSError as error:  # a full disk; the process runs, and the first net holds
+            log.warning("no pid file for the engine of %s: %s", self.model, error.strerror)
         self._driver.post(Spawned(generation, process.pid))
         if self._wanted_force is not None:  # a stop came before there was anything to signal
             self._signal(self._wanted_force)
+        await self._watch(process, generation)
+
+    async def _watch(self, process: ChildProcess, generation: int) -> None:
+        """Tell of progress that shows nowhere else, while the process owes an answer."""
+        before: Activity | None = None
+        while not await process.wait_exit(WATCH_S):
+            owes = self._child.state is ChildState.STARTING or self._probes_out
+            now = read_activity(process.pid) if owes else None
+            if before is not None and now is not None and moved(before, now):
+                self._driver.post(Progressed(generation))
+            before = now
 
     def _signal(self, force: Force) -> None:
         self._wanted_force = force
@@ -221,10 +242,13 @@ class EngineSupervisor:
         fault = classify(line)
         if fault is not None:
             self._driver.post(FaultSeen(generation, fault))
-        self._driver.post(Progressed(generation))
+        now = self._clock.now()
+        if now >= self._output_counted_at + OUTPUT_COUNTS_S:
+            self._output_counted_at = now
+            self._driver.post(Progressed(generation))
 
     def _exited(self, generation: int, instance: InstanceId, status: int) -> None:
-        self._process = None
+        self._process, self._exited_generation = None, generation
         for leftover in (self._socket(instance), self._pid_file(instance)):
             with contextlib.suppress(OSError):
                 leftover.unlink(missing_ok=True)
@@ -250,12 +274,13 @@ class EngineSupervisor:
     async def _probe(self, order: Probe) -> None:
         path, instance = str(self._socket()), self._instance
         assert instance is not None, "a process that is probed has an instance"
+        self._probes_out += 1
         try:
             event = await self._ask(order, path, instance)
         except MeshdError as error:
             event = ProbeFailed(order.generation, order.kind, error.message)
-        if not isinstance(event, ProbePassed) and self._moved(order.kind):
-            self._driver.post(Progressed(order.generation))
+        finally:
+            self._probes_out -= 1
         self._driver.post(event)
         if isinstance(event, ProbeNotYet):
             self._on_report(self.report)  # how far it is
@@ -263,7 +288,7 @@ class EngineSupervisor:
     async def _ask(
         self, order: Probe, path: str, instance: InstanceId
     ) -> ProbePassed | ProbeNotYet | ProbeFailed:
-        generation, kind = order.generation, order.kind
+        generation, kind, began = order.generation, order.kind, self._clock.now()
         found: EngineFacts | prober.NotYet | prober.Wrong | None
         match kind:
             case ProbeKind.STARTUP:
@@ -277,6 +302,11 @@ class EngineSupervisor:
         match found:
             case prober.NotYet():
                 return ProbeNotYet(generation, kind)
+            case prober.Wrong() if (
+                kind is ProbeKind.CANARY and self._idle_s(instance) <= self._clock.now() - began
+            ):
+                # A request came meanwhile, and its long prompt goes first: no verdict.
+                return ProbeNotYet(generation, kind)
             case prober.Wrong():
                 return ProbeFailed(generation, kind, found.reason, found.final)
             case EngineFacts():
@@ -289,21 +319,6 @@ class EngineSupervisor:
     def _idle_s(self, instance: InstanceId) -> float:
         last = self._last_request_at(instance)
         return self._clock.now() - last if last is not None else float("inf")
-
-    def _moved(self, kind: ProbeKind) -> bool:
-        """Whether the kernel saw the process do something since the last unanswered probe.
-
-        A starting one that maps gigabytes, or a ready one deep in a long prompt, answers nobody
-        and prints nothing, but touches pages or burns time; a stopped or deadlocked one does not.
-        """
-        before, pid = self._activity, self._child.pid
-        self._activity = read_activity(pid) if pid is not None else None
-        if before is None or self._activity is None or kind is ProbeKind.CANARY:
-            return False
-        return (
-            self._activity.pages_touched > before.pages_touched
-            or self._activity.cpu_s > before.cpu_s + 0.05
-        )
 
     def _progress(self) -> float | None:
         activity = read_activity(self._child.pid) if self._child.pid is not None else None
