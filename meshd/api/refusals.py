@@ -78,6 +78,8 @@ def draining() -> NodeDraining:
 
 def _not_found(name: str, outcome: NotFound) -> str:
     shown = name if len(name) <= 128 else f"{name[:128]}…"
+    if outcome.reason is not None:
+        return f"model `{shown}` is not served here: {outcome.reason}"
     if outcome.close:
         names = ", ".join(f"`{close}`" for close in outcome.close)
         return f"model `{shown}` is not known here; did you mean {names}?"

@@ -26,6 +26,8 @@ class NotFound:
     """Names like the one asked for, nearest first."""
     known: bool
     """Whether this node knows any model at all."""
+    reason: str | None = None
+    """Set for a model that is known but that nobody was told to load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,8 @@ def route(
     1. Nobody has the model: NotFound. A model is never answered by another one.
     2. It has targets: one of them, by `choose`. Any state with a target can be served.
     3. It failed: Failed, with the reason.
-    4. NotReady, with what it waits for.
+    4. Nobody was told to load it: NotFound. "Try again later" would be a lie.
+    5. NotReady, with what it waits for.
 
     `avoid`: engines that just broke under this very request; used only if there is no other.
     """
@@ -74,7 +77,9 @@ def route(
         return choose(targets, inflight, rng, avoid)
     if model.state is ModelState.FAILED:  # 3
         return Failed(model.id, model.reason or "loading failed; `meshd logs` has the lines")
-    return NotReady(  # 4
+    if model.state is ModelState.ABSENT:  # 4
+        return NotFound((), True, model.reason or "not loaded")
+    return NotReady(  # 5
         model.id,
         model.state,
         model.reason,

@@ -89,3 +89,14 @@ def test_many_targets_share_the_load() -> None:
     for _ in range(400):
         counts[choose(targets, counts, rng).instance] += 1
     assert max(counts.values()) - min(counts.values()) <= 10
+
+
+def test_a_model_nobody_loads_is_not_promised_for_later() -> None:
+    absent = ModelView(
+        id=ModelId("m"), ref="m", state=ModelState.ABSENT, reason="not loaded; `meshd load m`"
+    )
+    outcome = route("m", {ModelId("m"): absent}, {}, RNG)
+    assert outcome == NotFound((), True, "not loaded; `meshd load m`")
+    error = of_route("m", outcome)
+    assert (error.status, error.code) == (404, "model_not_found")
+    assert "`meshd load m`" in error.message
