@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import re
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -18,15 +21,33 @@ RPC_SERVERS = ("ggml-rpc-server", "rpc-server")
 ANSWER_LIMIT_S = 20.0
 """Listing devices initialises drivers, which takes seconds on some machines."""
 NEEDED_FLAGS = (
-    *("--model", "--alias", "--host", "--ctx-size", "--parallel", "--no-webui", "--slots"),
-    "--offline",
+    *("--model", "--alias", "--host", "--ctx-size", "--parallel", "--n-gpu-layers", "--threads"),
+    *("--cache-type-k", "--cache-type-v", "--no-webui", "--slots", "--offline"),
 )
-"""Features are probed, never assumed: an engine without one of these is too old."""
+"""All that `launch.server_argv` may say. Features are probed, never assumed: an engine without one
+of these is too old."""
 
 _LIBRARY = re.compile(r"\.(so|dylib)(\.|$)")
 _SYSTEM_PREFIXES = ("", "usr", "local")
 _DEVICE = re.compile(r"^\s+(?P<name>[A-Za-z]+\d*): (?P<what>.+)$", re.MULTILINE)
-_BACKENDS = {"cuda": "cuda", "rocm": "rocm", "hip": "rocm", "vulkan": "vulkan", "metal": "metal"}
+_BACKENDS = {
+    "cuda": "cuda",
+    "rocm": "rocm",
+    "hip": "rocm",
+    "vulkan": "vulkan",
+    "metal": "metal",
+    "mtl": "metal",
+    "cpu": "cpu",
+    "blas": "cpu",
+}
+_MISSING_LIBRARY = re.compile(r"error while loading shared libraries: ([^\s:]+)")
+_EXECUTION_HINTS = {
+    "Exec format error": "; it was built for another kind of machine",
+    "Permission denied": "; `chmod +x` it",
+    "No such file or directory": "; its interpreter or loader is missing: it was built for another "
+    "system",
+}
+_REBUILD = "`meshd runtime build --backend cpu` makes one that fits"
 
 
 def probe(
@@ -35,32 +56,28 @@ def probe(
     runtime_id: str | None = None,
     build: BuildFacts | None = None,
     rpc_protocol: str | None = None,
+    limit_s: float = ANSWER_LIMIT_S,
 ) -> RuntimeRecord:
-    """Run and hash what is in `directory`. Blocking: up to a few seconds.
+    """Run and hash what is in `directory`. Blocking: usually 0.1 s, at most three times `limit_s`.
 
     Raises EngineRejected, saying what is missing or wrong.
     """
     server = directory / SERVER
     if not server.is_file():
         raise EngineRejected(f"{directory} has no {SERVER}")
-    version = _version(_run(server, "--version"), server)
-    help_text = _run(server, "--help")
-    missing = [flag for flag in NEEDED_FLAGS if not re.search(rf"{flag}\b", help_text)]
+    version = _version(_ask(server, "--version", limit_s), server)
+    missing = missing_features(_ask(server, "--help", limit_s))
     if missing:
         raise EngineRejected(
             f"{server} ({version}) does not know {', '.join(missing)}; it is too old for meshd: "
-            "`meshd runtime build --backend cpu` makes one that fits"
+            + _REBUILD
         )
-    devices = tuple(
-        f"{m['name']}: {m['what'].strip()}"
-        for m in _DEVICE.finditer(_run(server, "--list-devices"))
-    )
-    binaries = [_binary(server)]
-    binaries += [_binary(directory / n) for n in RPC_SERVERS if (directory / n).is_file()][:1]
-    # The programs are shells around these: a swapped library is a swapped engine.
-    libraries = (p for p in directory.glob("lib*") if p.is_file() and not p.is_symlink())
-    if directory.name != "bin" or directory.parent.name not in _SYSTEM_PREFIXES:
-        binaries += [_binary(path) for path in sorted(libraries) if _LIBRARY.search(path.name)]
+    listing = _ask(server, "--list-devices", limit_s)
+    devices = tuple(f"{m['name']}: {m['what'].strip()}" for m in _DEVICE.finditer(listing))
+    try:
+        binaries = tuple(_binary(path) for path in engine_files(directory))
+    except OSError as error:
+        raise EngineRejected(f"{error.filename} cannot be read: {error.strerror}") from None
     return RuntimeRecord(
         id=runtime_id or f"adopted-{binaries[0].sha256[:8]}",
         directory=str(directory),
@@ -68,19 +85,42 @@ def probe(
         version=version,
         devices=devices,
         rpc_protocol=rpc_protocol,
-        binaries=tuple(binaries),
+        binaries=binaries,
         probed_at=time.time(),
         build=build,
     )
 
 
+def engine_files(directory: Path) -> tuple[Path, ...]:
+    """The files that make up the engine in `directory`, llama-server first.
+
+    The programs are shells around the libraries beside them: a swapped library is a swapped engine.
+    A system's `bin` has no libraries of the engine's own beside it.
+    """
+    files = [directory / SERVER]
+    files += [directory / n for n in RPC_SERVERS if (directory / n).is_file()][:1]
+    if directory.name != "bin" or directory.parent.name not in _SYSTEM_PREFIXES:
+        libraries = (p for p in directory.glob("lib*") if p.is_file() and not p.is_symlink())
+        files += [path for path in sorted(libraries) if _LIBRARY.search(path.name)]
+    return tuple(files)
+
+
+def missing_features(help_text: str) -> tuple[str, ...]:
+    """What meshd needs and this `--help` does not offer."""
+    missing = [f for f in NEEDED_FLAGS if not re.search(rf"(?<![\w-]){f}(?![\w-])", help_text)]
+    if not missing and not re.search(r"unix socket", help_text, re.IGNORECASE):
+        missing.append("--host with a unix socket")
+    return tuple(missing)
+
+
 def backend_of(devices: tuple[str, ...]) -> str:
-    """The backend of the first device listed: `CUDA0: NVIDIA …` is `cuda`; none is `cpu`."""
-    for device in devices:
-        name = re.sub(r"\d*:.*", "", device).lower()
-        if name in _BACKENDS:
-            return _BACKENDS[name]
-    return "cpu"
+    """The backend of the first device that is not the CPU: `CUDA0: NVIDIA …` is `cuda`.
+
+    None is `cpu`; one that meshd does not know keeps the name the engine gives it.
+    """
+    names = [re.sub(r"\d*:.*", "", device, flags=re.DOTALL).lower() for device in devices]
+    backends = [_BACKENDS.get(name, name) for name in names]
+    return next((b for b in backends if b != "cpu"), "cpu")
 
 
 def sha256_of(path: Path) -> str:
@@ -89,45 +129,62 @@ def sha256_of(path: Path) -> str:
 
 
 def _binary(path: Path) -> Binary:
-    real = path.resolve()
-    status = real.stat()
+    status = path.stat()
     return Binary(
         name=path.name,
         path=str(path),
-        sha256=sha256_of(real),
+        sha256=sha256_of(path),
         size=status.st_size,
         mtime_ns=status.st_mtime_ns,
+        inode=status.st_ino,
     )
 
 
-def _run(binary: Path, flag: str) -> str:
+def _ask(binary: Path, flag: str, limit_s: float) -> str:
     """Both outputs of `binary flag`: which one carries the answer differs between versions."""
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             [str(binary), flag],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=ANSWER_LIMIT_S,
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             env=environment_of_children(),
-            check=False,
+            start_new_session=True,
         )
-    except subprocess.TimeoutExpired:
-        raise EngineRejected(
-            f"{binary} {flag} did not answer within {ANSWER_LIMIT_S:.0f} s"
-        ) from None
     except OSError as error:
-        hint = {
-            "Exec format error": "; it was built for another kind of machine",
-            "Permission denied": "; `chmod +x` it",
-        }.get(error.strerror or "", "")
+        hint = _EXECUTION_HINTS.get(error.strerror or "", "")
         raise EngineRejected(f"{binary} cannot be executed: {error.strerror}{hint}") from None
-    text = done.stdout + done.stderr
-    if done.returncode != 0:
-        words = (text.strip().splitlines() or ["no output"])[-1]
-        raise EngineRejected(f"{binary} {flag} ended with status {done.returncode}: {words}")
+    with process:
+        try:
+            output, _ = process.communicate(timeout=limit_s)
+        except BaseException as error:
+            # The group, not the child alone: a wrapper script's program would hold the pipe open.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            raise EngineRejected(f"{binary} {flag} did not answer within {limit_s:g} s") from None
+    text = output.decode(errors="replace")
+    if process.returncode != 0:
+        raise EngineRejected(f"{binary} {flag} {_why_it_ended(process.returncode, text)}")
     return text
+
+
+def _why_it_ended(status: int, text: str) -> str:
+    words = (text.strip().splitlines() or ["no output"])[-1]
+    if status == -signal.SIGILL:
+        return "used an instruction this CPU does not have: it was built for another one; " + (
+            _REBUILD
+        )
+    if status < 0:
+        return f"was ended by signal {-status}: {words}"
+    library = _MISSING_LIBRARY.search(text)
+    if library is not None:
+        return (
+            f"needs {library[1]}, which is not on this machine; put it beside the program, or "
+            "install the package that has it"
+        )
+    return f"ended with status {status}: {words}"
 
 
 def _version(text: str, binary: Path) -> str:

@@ -18,10 +18,15 @@ class Binary(BaseModel):
     mtime_ns: int
     """With the size, tells cheaply that the file is still the one that was hashed."""
 
-    def unchanged(self) -> bool:
+    inode: int = 0
+    """Tells a file that was put in place of another with the same size and time."""
+
+    def unchanged(self, *, same_inode: bool = False) -> bool:
         try:
             status = Path(self.path).stat()
         except OSError:
+            return False
+        if same_inode and status.st_ino != self.inode:
             return False
         return (status.st_size, status.st_mtime_ns) == (self.size, self.mtime_ns)
 
@@ -68,14 +73,29 @@ class RuntimeRecord(BaseModel):
         return next((b.path for b in self.binaries if b.name.endswith("rpc-server")), None)
 
     def unchanged(self) -> bool:
-        """Whether every binary is still the file that was hashed, by size and time."""
-        return all(binary.unchanged() for binary in self.binaries)
+        """Whether every binary is still the file that was hashed, by size and time; for one that
+        was adopted by inode too (ours may have come back from a backup)."""
+        adopted = self.build is None
+        return all(binary.unchanged(same_inode=adopted) for binary in self.binaries)
+
+    def placed_in(self, directory: Path) -> RuntimeRecord:
+        """The same engine, found in `directory`: a cache may be moved or mounted elsewhere."""
+        if str(directory) == self.directory:
+            return self
+        moved = [b.model_copy(update={"path": str(directory / b.name)}) for b in self.binaries]
+        return self.model_copy(update={"directory": str(directory), "binaries": tuple(moved)})
 
     def to_view(self) -> RuntimeView:
+        """What status shows. The proof claims what the probe saw and no more: `backend` that a
+        device of the backend was listed (not that a model ran on it), else `binary`."""
         built = "built here" if self.build is not None else f"adopted from {self.directory}"
+        on_cpu = self.backend == "cpu"
+        listed = self.devices or on_cpu
         evidence = (
             f"--version: {self.version}",
-            f"--list-devices: {', '.join(self.devices) or 'none (CPU only)'}",
+            f"--list-devices: {', '.join(self.devices) or 'none'}"
+            + (" (CPU only)" if on_cpu else "")
+            + ("" if listed else f"; it is for {self.backend} but would run on the CPU here"),
             f"{built}; every flag meshd uses is in its --help",
         )
         return RuntimeView(
@@ -85,6 +105,7 @@ class RuntimeRecord(BaseModel):
             rpc_protocol=self.rpc_protocol,
             directory=self.directory,
             binaries=tuple(BinaryView(b.name, b.path, b.sha256) for b in self.binaries),
-            # Which device runs a model is proved only by a model; `binary` claims no more.
-            proof=ProofView("binary", True, self.probed_at, evidence),
+            proof=ProofView(
+                "binary" if on_cpu else "backend", bool(listed), self.probed_at, evidence
+            ),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -9,10 +10,14 @@ from pydantic import ValidationError
 
 from meshd.errors import EngineMissing, EngineRejected, NotFound
 from meshd.kernel.files import write_atomic
-from meshd.runtime.probe import SERVER, probe, sha256_of
+from meshd.runtime.probe import SERVER, engine_files, probe, sha256_of
 from meshd.runtime.record import RuntimeRecord
 
 RECORD = "record.json"
+REMEMBERED_LIMIT = 16
+"""Adopted directories whose probe is kept; the oldest goes first."""
+
+log = logging.getLogger(__name__)
 
 
 class Registry:
@@ -32,17 +37,19 @@ class Registry:
         records = []
         for path in self.directory.glob(f"*/{RECORD}"):
             try:
-                records.append(RuntimeRecord.model_validate_json(path.read_bytes()))
+                record = RuntimeRecord.model_validate_json(path.read_bytes())
             except (OSError, ValidationError):
                 continue
-        built = [r for r in records if r.build is not None]
-        return tuple(sorted(built, key=lambda r: r.probed_at, reverse=True))
+            # A directory of another name is one whose publishing was interrupted.
+            if record.build is not None and record.id == path.parent.name:
+                records.append(record.placed_in(path.parent))
+        return tuple(sorted(records, key=lambda r: r.probed_at, reverse=True))
 
     def current(self) -> str | None:
         """The id that `use` chose."""
         try:
             return self._current.read_text().strip() or None
-        except FileNotFoundError:
+        except (OSError, UnicodeDecodeError):
             return None
 
     def get(self, runtime_id: str) -> RuntimeRecord:
@@ -54,21 +61,31 @@ class Registry:
         raise NotFound(f"no engine `{runtime_id}` was built here; there are: {known}")
 
     def use(self, runtime_id: str) -> RuntimeRecord:
-        """Choose what the next start runs."""
+        """Choose what the next start runs. Raises NotFound, or EngineRejected if its files are not
+        those that were built."""
         record = self.get(runtime_id)
+        if not record.unchanged():
+            findings = "; ".join(self.verify(runtime_id)) or "its files have changed"
+            raise EngineRejected(f"{runtime_id} cannot be used: {findings}; build it again")
         write_atomic(self._current, f"{record.id}\n".encode())
         return record
 
     def verify(self, runtime_id: str) -> tuple[str, ...]:
         """What is wrong with an engine: nothing, if every hash fits and it still runs."""
         record = self.get(runtime_id)
-        findings = []
+        findings: list[str] = []
         for binary in record.binaries:
             path = Path(binary.path)
             if not path.is_file():
                 findings.append(f"{path} is missing")
             elif sha256_of(path) != binary.sha256:
                 findings.append(f"{path} is not the file that was built (its sha256 differs)")
+        known = {binary.name for binary in record.binaries}
+        findings += [
+            f"{path} does not belong to what was built"
+            for path in engine_files(Path(record.directory))
+            if path.name not in known
+        ]
         if not findings:
             try:
                 seen = probe(Path(record.directory))
@@ -90,19 +107,25 @@ class Registry:
         Raises EngineMissing saying how to get one, or EngineRejected for 1.
         """
         if runtime_dir is not None:  # 1
-            return self._adopt(runtime_dir.expanduser().absolute())
+            directory = runtime_dir.expanduser().absolute()
+            # People name the build directory too.
+            if not (directory / SERVER).is_file() and (directory / "bin" / SERVER).is_file():
+                directory /= "bin"
+            return self._adopt(directory)
         built = [r for r in self.list() if r.unchanged()]
         chosen = self.current()
         for record in built:  # 2
             if record.id == chosen:
                 return record
+        if chosen is not None:
+            log.warning("engine %s, chosen with `meshd runtime use`, is gone or changed", chosen)
         if built:  # 3
             return built[0]
         on_path = shutil.which(SERVER)
         tried = ""
         if on_path is not None:  # 4
             try:
-                return self._adopt(Path(on_path).parent)
+                return self._adopt(_home_of(Path(on_path).absolute()))
             except EngineRejected as error:
                 tried = f" (the one on PATH is not usable: {error.message})"
         raise EngineMissing(
@@ -113,20 +136,36 @@ class Registry:
     def _adopt(self, directory: Path) -> RuntimeRecord:
         """Probe a directory, or remember the probe of its unchanged files."""
         remembered = self._remembered()
-        known = remembered.get(str(directory))
-        if known is not None and known.unchanged():
+        known = remembered.pop(str(directory), None)
+        if known is not None and _same_files(known, directory):
             return known
         record = probe(directory)
         remembered[str(directory)] = record
-        lines = b"\n".join(r.model_dump_json().encode() for r in remembered.values())
-        self.directory.mkdir(parents=True, exist_ok=True)
-        write_atomic(self._adopted, lines)
+        kept = list(remembered.values())[-REMEMBERED_LIMIT:]
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_atomic(self._adopted, b"\n".join(r.model_dump_json().encode() for r in kept))
+        except OSError as error:  # a full or read-only cache costs the next start a probe, no more
+            log.warning("probe of %s cannot be remembered: %s", directory, error)
         return record
 
     def _remembered(self) -> dict[str, RuntimeRecord]:
         try:
             lines = self._adopted.read_bytes().splitlines()
             records = [RuntimeRecord.model_validate_json(line) for line in lines]
-        except (FileNotFoundError, ValidationError):
+        except (OSError, ValidationError):
             return {}
-        return {r.directory: r for r in records if r.unchanged()}
+        return {r.directory: r for r in records}
+
+
+def _same_files(record: RuntimeRecord, directory: Path) -> bool:
+    """Whether `directory` still holds the engine of `record`: no file changed, gone or added."""
+    names = {path.name for path in engine_files(directory)}
+    return names == {binary.name for binary in record.binaries} and record.unchanged()
+
+
+def _home_of(program: Path) -> Path:
+    """Where the program on PATH really lies: its libraries and its sisters are there, not beside a
+    link to it. A link to a launcher of another name leads nowhere useful."""
+    real = program.resolve()
+    return real.parent if real.name == program.name else program.parent
