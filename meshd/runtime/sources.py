@@ -6,22 +6,31 @@ fetched with pip, so that the user's index, proxy and certificates apply (docs/a
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import gzip
 import hashlib
+import importlib.util
+import lzma
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from meshd.config import environment_of_children
-from meshd.errors import BuildFailed, SourceRejected
+from meshd.errors import BuildFailed, NoSpace, SourceRejected
 from meshd.runtime.probe import sha256_of
 
 FETCH_LIMIT_S = 1800.0
-MARKER = "CMakeLists.txt"
+MARKER = Path("ggml", "include", "ggml-rpc.h")
+"""A file that llama.cpp has and that packages around llama.cpp have only further down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +60,9 @@ PINNED = PinnedSource(
 
 _UNNEEDED = ("models", "docs", "media", "tests", ".git", ".github", ".devops")
 """Top-level folders of llama.cpp that no build of ours reads."""
+_SCRATCH = ".scratch-"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_UNREADABLE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,40 +73,76 @@ class Source:
     name: str
     """What it is, for people and the record."""
     sha256: str | None
-    """Of the archive; None for a directory of the user's own."""
+    """Of the archive, or over the files of a directory; None for a clone, which has a commit."""
     commit: str
+    """llama.cpp's, seven digits; `unknown` where nothing tells."""
 
 
 def obtain(source: str | None, sources_dir: Path, pinned: PinnedSource = PINNED) -> Source:
     """The tree to build: the pinned one, or what `source` names.
 
     `source`: a directory, a tarball, or `git+URL@TAG`. Blocking. What was fetched or unpacked
-    before is used again. Raises SourceRejected (not what it should be) or BuildFailed.
+    before is used again. The archive given as `source` may be the pinned one, got by hand.
+    Raises SourceRejected (not what it should be) or BuildFailed.
     """
     sources_dir.mkdir(parents=True, exist_ok=True)
-    if source is None:
-        archive = _fetch(pinned, sources_dir)
-        tree = _unpack(archive, pinned.sha256, pinned.inner, sources_dir)
-        return Source(tree, pinned.requirement, pinned.sha256, pinned.commit)
-    if source.startswith("git+"):
-        return _clone(source, sources_dir)
-    path = Path(source).expanduser().absolute()
-    if path.is_dir():
-        if not (path / MARKER).is_file():
-            raise SourceRejected(f"{path} has no {MARKER}: it is not llama.cpp's source")
-        return Source(path, str(path), None, _commit_of(path))
-    if path.is_file():
+    with _alone(sources_dir):
+        if source is None:
+            return _pinned_tree(_fetch(pinned, sources_dir), pinned, sources_dir)
+        if source.startswith("git+"):
+            return _clone(source, sources_dir)
+        path = Path(source).expanduser().absolute()
+        if path.is_dir():
+            if not (path / MARKER).is_file():
+                raise SourceRejected(f"{path} has no {MARKER}: it is not llama.cpp's source")
+            return Source(path, str(path), tree_sha256(path), _commit_of(path))
+        if not path.is_file():
+            raise SourceRejected(f"--source {source}: no such file or directory")
         digest = sha256_of(path)
-        tree = _unpack(path, digest, "", sources_dir)
-        return Source(tree, str(path), digest, digest[:7])
-    raise SourceRejected(f"--source {source}: no such file or directory")
+        if digest == pinned.sha256:
+            return _pinned_tree(path, pinned, sources_dir)
+        inner, commit = _look_into(path)
+        return Source(_unpack(path, digest, inner, sources_dir), str(path), digest, commit)
+
+
+def tree_sha256(directory: Path) -> str:
+    """Over names and contents of the files a build reads: a changed tree is another source."""
+    total = hashlib.sha256()
+    for path in sorted(directory.rglob("*")):
+        below = path.relative_to(directory)
+        top = below.parts[0]
+        if _needed(below.as_posix()) and not top.startswith((".", "build")) and path.is_file():
+            total.update(f"{below.as_posix()}\0{sha256_of(path)}\n".encode())
+    return total.hexdigest()
+
+
+@contextlib.contextmanager
+def _alone(sources_dir: Path) -> Iterator[None]:
+    """One at a time: what somebody else fetches or unpacks is waited for, then used."""
+    with (sources_dir / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for left_over in sources_dir.glob(f"{_SCRATCH}*"):  # of one that was killed
+            shutil.rmtree(left_over, ignore_errors=True)
+        yield
+
+
+def _pinned_tree(archive: Path, pinned: PinnedSource, sources_dir: Path) -> Source:
+    inner = f"{_top_of(archive)}/{pinned.inner}"
+    tree = _unpack(archive, pinned.sha256, inner, sources_dir)
+    return Source(tree, pinned.requirement, pinned.sha256, pinned.commit)
 
 
 def _fetch(pinned: PinnedSource, sources_dir: Path) -> Path:
     target = sources_dir / f"{pinned.package}-{pinned.version}.tar.gz"
     if target.is_file() and sha256_of(target) == pinned.sha256:
         return target
-    with tempfile.TemporaryDirectory(dir=sources_dir, prefix=".fetch-") as temporary:
+    if importlib.util.find_spec("pip") is None:
+        raise BuildFailed(
+            f"{sys.executable} has no pip to fetch {pinned.requirement} with; "
+            f"`{sys.executable} -m ensurepip` installs it, or give the source yourself: "
+            "--source FILE.tar.gz or DIRECTORY"
+        )
+    with tempfile.TemporaryDirectory(dir=sources_dir, prefix=_SCRATCH) as temporary:
         requirements = Path(temporary) / "requirements.txt"
         requirements.write_text(f"{pinned.requirement} --hash=sha256:{pinned.sha256}\n")
         command = [
@@ -104,6 +152,11 @@ def _fetch(pinned: PinnedSource, sources_dir: Path) -> Path:
         ]
         done = _run(command, Path(temporary))
         found = list(Path(temporary).glob("*.tar.gz"))
+        if "DO NOT MATCH THE HASHES" in done.stderr:
+            raise SourceRejected(
+                f"the index gave a {pinned.requirement} that has not the pinned sha256 "
+                f"{pinned.sha256}: it is not the source meshd was made for"
+            )
         if done.returncode != 0 or not found:
             words = [x for x in done.stderr.splitlines() if "ERROR" in x.upper()]
             raise BuildFailed(
@@ -122,38 +175,73 @@ def _fetch(pinned: PinnedSource, sources_dir: Path) -> Path:
 
 
 def _unpack(archive: Path, digest: str, inner: str, sources_dir: Path) -> Path:
-    """Unpack llama.cpp out of `archive`; an interrupted unpacking leaves nothing that counts."""
+    """Unpack what lies below `inner`; an interrupted unpacking leaves nothing that counts."""
     target = sources_dir / f"tree-{digest[:16]}"
     if (target / MARKER).is_file():
         return target
-    temporary = Path(tempfile.mkdtemp(dir=sources_dir, prefix=".unpack-"))
+    temporary = Path(tempfile.mkdtemp(dir=sources_dir, prefix=_SCRATCH))
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
                 kept = _kept_name(member.name, inner)
+                # Links are left out: llama.cpp builds without any.
                 if kept is not None and (member.isfile() or member.isdir()):
                     tar.extract(member.replace(name=kept, deep=False), temporary, filter="data")
         if not (temporary / MARKER).is_file():
-            raise SourceRejected(f"{archive} has no {MARKER}: it does not hold llama.cpp")
+            raise SourceRejected(f"{archive} has no {MARKER} where it should be")
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
-    except (tarfile.TarError, EOFError) as error:
+    except _UNREADABLE as error:
         raise SourceRejected(f"{archive} cannot be unpacked: {error}") from None
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise NoSpace(f"no space on the disk of {sources_dir} to unpack the source") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
 
 
 def _kept_name(name: str, inner: str) -> str | None:
-    """Path below llama.cpp's root for an archive member; None if it is not needed."""
-    _, _, below = name.partition("/")  # every archive has one top folder
+    """Path below llama.cpp's root `inner` for an archive member; None if it is not needed."""
+    name = PurePosixPath(name).as_posix()  # `./a/b` is `a/b`
     if inner:
-        if not below.startswith(f"{inner}/"):
+        if not name.startswith(f"{inner}/"):
             return None
-        below = below.removeprefix(f"{inner}/")
-    if not below or below.split("/")[0] in _UNNEEDED or below.endswith(".gguf"):
-        return None
-    return below
+        name = name.removeprefix(f"{inner}/")
+    return name if _needed(name) else None
+
+
+def _needed(below: str) -> bool:
+    return below.split("/", maxsplit=1)[0] not in (*_UNNEEDED, ".") and not below.endswith(".gguf")
+
+
+def _top_of(archive: Path) -> str:
+    try:
+        with tarfile.open(archive) as tar:
+            first = next(iter(tar), None)
+    except _UNREADABLE as error:
+        raise SourceRejected(f"{archive} cannot be read: {error}") from None
+    return PurePosixPath(first.name).parts[0] if first is not None else ""
+
+
+def _look_into(archive: Path) -> tuple[str, str]:
+    """(llama.cpp's root in `archive`, its commit if the archive tells). Reads all of it."""
+    try:
+        with tarfile.open(archive) as tar:
+            names = [PurePosixPath(member.name) for member in tar]
+            comment = tar.pax_headers.get("comment", "")  # `git archive` leaves the commit there
+    except _UNREADABLE as error:
+        raise SourceRejected(f"{archive} is not a tar archive that can be read: {error}") from None
+    marker = PurePosixPath(MARKER.as_posix())
+    up = len(marker.parts) - 1
+    roots = [
+        n.parents[up].as_posix() for n in names if n.parts[-len(marker.parts) :] == marker.parts
+    ]
+    if not roots:
+        raise SourceRejected(f"{archive} has no {MARKER}: it does not hold llama.cpp")
+    root = min(roots, key=len)
+    return ("" if root == "." else root), comment[:7] if _COMMIT.fullmatch(comment) else "unknown"
 
 
 def _clone(source: str, sources_dir: Path) -> Source:
@@ -163,20 +251,23 @@ def _clone(source: str, sources_dir: Path) -> Source:
     if tag is None:
         raise SourceRejected(f"--source {source}: name a tag, as in git+URL@TAG")
     target = sources_dir / f"git-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
-    if not (target / MARKER).is_file():
-        shutil.rmtree(target, ignore_errors=True)
-        done = _run(
-            ["git", "clone", "--quiet", "--depth", "1", "--branch", tag, url, str(target)],
-            sources_dir,
-        )
-        if done.returncode != 0:
-            shutil.rmtree(target, ignore_errors=True)
-            words = (done.stderr.strip().splitlines() or ["no output"])[-1]
-            raise BuildFailed(f"{url} at {tag} could not be cloned: {words}")
+    if not target.is_dir():
+        with tempfile.TemporaryDirectory(dir=sources_dir, prefix=_SCRATCH) as temporary:
+            tree = Path(temporary) / "tree"
+            command = [*("git", "clone", "--quiet", "--depth", "1", "--branch", tag, "--", url)]
+            done = _run([*command, str(tree)], sources_dir)
+            if done.returncode != 0:
+                words = (done.stderr.strip().splitlines() or ["no output"])[-1]
+                raise BuildFailed(f"{url} at {tag} could not be cloned: {words}")
+            if not (tree / MARKER).is_file():
+                raise SourceRejected(f"{url} at {tag} has no {MARKER}: it is not llama.cpp")
+            tree.rename(target)
     return Source(target, source, None, _commit_of(target))
 
 
 def _commit_of(tree: Path) -> str:
+    if not (tree / ".git").exists():
+        return "unknown"  # git would tell the commit of whatever repository lies around it
     done = _run(["git", "-C", str(tree), "rev-parse", "--short=7", "HEAD"], tree)
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
@@ -190,7 +281,7 @@ def _run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
             text=True,
             timeout=FETCH_LIMIT_S,
             stdin=subprocess.DEVNULL,
-            env=environment_of_children(),
+            env=environment_of_children({"GIT_TERMINAL_PROMPT": "0"}),
             check=False,
         )
     except FileNotFoundError:
