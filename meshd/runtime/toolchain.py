@@ -15,9 +15,15 @@ from meshd.config import environment_of_children
 from meshd.errors import ToolMissing
 
 COMPILERS = ("c++", "g++", "clang++")
-PYTHON_TOOLS = ("cmake", "ninja")
-"""Tools that are also wheels on the package index."""
+C_COMPILERS = ("cc", "gcc", "clang")
+NAMES = {"cmake": ("cmake",), "ninja": ("ninja", "ninja-build")}
+"""Tools that are also wheels on the package index, with the names systems give them."""
+TOOLKIT_DIRS = ("/usr/local/cuda/bin", "/opt/cuda/bin", "/opt/rocm/bin")
+"""Where the vendors' installers put compilers without telling PATH."""
 INSTALL_LIMIT_S = 600.0
+
+Which = Callable[[str], str | None]
+"""Name of a program to its path; None if there is none."""
 
 _PACKAGES = {
     "c++": "a C++ compiler: `apt install g++`, `dnf install gcc-c++` or `pacman -S gcc`",
@@ -36,14 +42,16 @@ class Toolchain:
     ninja: str
     compiler: str
     """First line of the compiler's `--version`."""
+    device_compiler: str | None = None
+    """Path of nvcc, hipcc or glslc, where the backend needs one."""
 
 
-def missing_tools(backend: str, which: Callable[[str], str | None]) -> tuple[str, ...]:
+def missing_tools(backend: str, which: Which) -> tuple[str, ...]:
     """Words for each tool `backend` needs that `which` does not find and nobody can install."""
     missing = []
     if not any(which(name) for name in COMPILERS):
         missing.append(_PACKAGES["c++"])
-    if not any(which(name) for name in ("cc", "gcc", "clang")):
+    if not any(which(name) for name in C_COMPILERS):
         missing.append(_PACKAGES["cc"])
     missing += [_PACKAGES[t] for t in _BACKEND_TOOLS.get(backend, ()) if which(t) is None]
     return tuple(missing)
@@ -52,41 +60,62 @@ def missing_tools(backend: str, which: Callable[[str], str | None]) -> tuple[str
 def find_toolchain(backend: str, tools_dir: Path) -> Toolchain:
     """The tools for a build, cmake and ninja installed into `tools_dir` if the system has none.
 
-    Raises ToolMissing naming the package to install.
+    Blocking; minutes if something is installed. Raises ToolMissing naming the package to install.
     """
-    missing = missing_tools(backend, shutil.which)
+    if backend == "metal" and sys.platform != "darwin":
+        raise ToolMissing("Metal is Apple's: that backend can be built on macOS alone")
+    missing = missing_tools(backend, _which)
     if missing:
         raise ToolMissing("the build needs " + "; and ".join(missing))
-    cmake, ninja = (_python_tool(name, tools_dir) for name in PYTHON_TOOLS)
-    compiler = next(c for c in COMPILERS if shutil.which(c))
-    return Toolchain(cmake, ninja, _first_line(compiler))
+    cmake, ninja = (_python_tool(name, tools_dir) for name in ("cmake", "ninja"))
+    compiler = next(c for c in COMPILERS if _which(c))
+    needed = _BACKEND_TOOLS.get(backend, ())
+    return Toolchain(cmake, ninja, _first_line(compiler), _which(needed[0]) if needed else None)
+
+
+def _which(name: str) -> str | None:
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(TOOLKIT_DIRS))
 
 
 def _python_tool(name: str, tools_dir: Path) -> str:
     """On PATH, beside this interpreter, or in a private environment made for it."""
     beside = os.pathsep.join((str(Path(sys.executable).parent), str(tools_dir / "bin")))
-    found = shutil.which(name) or shutil.which(name, path=beside)
-    if found is not None:
-        return found
+    for candidate in NAMES[name]:
+        found = shutil.which(candidate) or shutil.which(candidate, path=beside)
+        if found is not None:
+            return found
+    try:
+        _install(name, tools_dir)
+        found = shutil.which(name, path=str(tools_dir / "bin"))
+        words = "it brought no program"
+    except (subprocess.SubprocessError, OSError) as error:
+        # What is half there would be taken for whole next time.
+        shutil.rmtree(tools_dir, ignore_errors=True)
+        output = getattr(error, "stderr", None) or getattr(error, "output", None) or str(error)
+        text = output.decode(errors="replace") if isinstance(output, bytes) else output
+        found, words = None, (text.strip().splitlines() or ["no output"])[-1]
+    if found is None:
+        package = "ninja-build" if name == "ninja" else name
+        raise ToolMissing(
+            f"the build needs {name}: `apt install {package}`; installing it from the Python "
+            f"package index failed too ({words})"
+        )
+    return found
+
+
+def _install(package: str, tools_dir: Path) -> None:
     if not (tools_dir / "bin" / "python").exists():
         venv.create(tools_dir, with_pip=True)
-    command = [str(tools_dir / "bin" / "python"), "-m", "pip", "install", "--quiet", name]
-    done = subprocess.run(
-        command,
+    python = str(tools_dir / "bin" / "python")
+    subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", package],
         capture_output=True,
         text=True,
         timeout=INSTALL_LIMIT_S,
+        stdin=subprocess.DEVNULL,
         env=environment_of_children(),
-        check=False,
+        check=True,
     )
-    found = shutil.which(name, path=str(tools_dir / "bin"))
-    if done.returncode != 0 or found is None:
-        words = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise ToolMissing(
-            f"the build needs {name}; installing it from the Python package index failed "
-            f"({words}); `apt install {name if name == 'cmake' else 'ninja-build'}` has it too"
-        )
-    return found
 
 
 def _first_line(compiler: str) -> str:
