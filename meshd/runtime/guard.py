@@ -2,9 +2,9 @@
 
 Run as a program, by path and with `-I -S`, so it imports nothing of meshd:
 
-    guard.py PARENT_PID OOM_SCORE_ADJ -- PROGRAM ARGUMENT...
+    guard.py PARENT_PID OOM_SCORE_ADJ [SIGNAL] -- PROGRAM ARGUMENT...
 
-Asks the kernel for SIGKILL when the parent dies (Linux; elsewhere pid files have to do), checks
+Asks the kernel for SIGNAL (a number; SIGKILL) when the parent dies (Linux; elsewhere pid files have to do), checks
 that the parent did not die before that, puts signals back to their defaults, lets the kernel prefer
 this process to the daemon when memory runs out, forbids core files (as large as the model, into a
 directory of sockets), and executes PROGRAM. It runs in place of code
@@ -22,11 +22,13 @@ PR_SET_PDEATHSIG = 1
 
 
 def main(argv: list[str]) -> int:
-    parent, oom_score_adj, program = int(argv[1]), argv[2], argv[4:]
+    parent, oom_score_adj, end = int(argv[1]), argv[2], argv.index("--")
+    death_signal = int(argv[3]) if end > 3 else signal.SIGKILL
+    program = argv[end + 1 :]
     if sys.platform == "linux":
         import ctypes
 
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, death_signal, 0, 0, 0)
     if os.getppid() != parent:
         return 125
     try:
