@@ -89,8 +89,6 @@ class ServiceStack:
         self._running.clear()
         if not self.failed.done():
             self.failed.cancel()
-        elif not self.failed.cancelled():
-            self.failed.exception()  # seen, whether or not anybody waited for it
 
     def _ended(self, service: Service, task: asyncio.Task[None]) -> None:
         if task.cancelled() or self.failed.done():
@@ -100,3 +98,6 @@ class ServiceStack:
             self.failed.set_exception(error)
         elif not service.stopping.is_set():
             self.failed.set_exception(RuntimeError(f"{service.name} ended on its own"))
+        if self.failed.done():
+            # Read once, so that asyncio does not complain when nobody waits for it.
+            self.failed.exception()
