@@ -126,10 +126,17 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) * TICK_S
 
 
-def queued_s(pid: int) -> float:
-    """How long its main thread was ready to run while the core ran something else. What another
-    process took shows here; it is not the program's own doing."""
-    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+def machine_cpu_s() -> float:
+    """CPU time all processes together have had, and what the hypervisor took."""
+    line = Path("/proc/stat").read_text().partition("\n")[0]
+    user, nice, system, _idle, _iowait, irq, softirq, steal, *_ = map(int, line.split()[1:])
+    return (user + nice + system + irq + softirq + steal) * TICK_S
+
+
+def own_cpu_s() -> float:
+    """CPU time of this process and of the children it has waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def rss_bytes(pid: int) -> int:

@@ -432,7 +432,8 @@ static void set_aliases(const char *list) {
 
 static void print_help(void) {
     puts("-h, --help\n--version\n--list-devices\n-m, --model FNAME\n-a, --alias STRING\n"
-         "--host HOST\n--port PORT\n-c, --ctx-size N\n-np, --parallel N\n-t, --threads N\n"
+         "--host HOST    ip address to listen, or bind to an UNIX socket if the address ends with .sock\n"
+         "--port PORT\n-c, --ctx-size N\n-np, --parallel N\n-t, --threads N\n"
          "-ngl, --gpu-layers, --n-gpu-layers N\n-ctk, --cache-type-k TYPE\n-ctv, --cache-type-v TYPE\n"
          "--no-webui\n--slots, --no-slots\n--offline\n"
          "(a mock for benchmarks: it makes no text)");
