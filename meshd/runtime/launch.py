@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from meshd.ids import InstanceId, ModelId
 
 INSTANCE_PREFIX = "~"
-"""llama-server sorts its aliases and answers with the first one. An instance id must sort behind
-the model's name, or clients would read it in `model`; `~` is the last printable ASCII sign."""
+"""What an instance id begins with, so that it can be told from a name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +35,10 @@ def server_argv(
 ) -> tuple[str, ...]:
     """llama-server's command line. `socket_name` is relative to the child's working directory:
     a unix socket's path is limited to 107 bytes, a file name is not likely to pass that."""
-    # A comma would end the alias.
+    # A comma would end the alias. llama-server sorts its aliases and gives the first one to clients
+    # in `model`: a name sorts before whatever begins with it, in any script.
     name = spec.model.replace(",", "_")
-    argv = [binary, "--model", spec.weights, "--alias", f"{name},{instance}"]
+    argv = [binary, "--model", spec.weights, "--alias", f"{name},{name}{instance}"]
     argv += ["--host", socket_name, "--ctx-size", str(spec.context * spec.parallel)]
     argv += ["--parallel", str(spec.parallel)]
     if spec.gpu_layers is not None:

@@ -38,7 +38,7 @@ async def startup(
     models = await _ask(socket_path, "GET", "/v1/models")
     if models is None or models.status != 200:
         return NotYet()
-    if instance not in _aliases(models.json()):
+    if not any(alias.endswith(instance) for alias in _aliases(models.json())):
         return Wrong("another process answers on the engine's socket", final=True)
     props = await _ask(socket_path, "GET", "/props")
     facts = _facts(props.json()) if props is not None and props.status == 200 else None

@@ -327,10 +327,11 @@ class EngineSupervisor:
         return round(min(0.99, activity.resident_bytes / self._weights_bytes), 2)
 
     def _socket(self, instance: InstanceId | None = None) -> Path:
-        return self._run_dir / f"{(instance or self._instance or '').lstrip('~')}.sock"
+        name = instance or self._instance or InstanceId("")
+        return self._run_dir / f"{name.removeprefix(INSTANCE_PREFIX)}.sock"
 
     def _pid_file(self, instance: InstanceId) -> Path:
-        return self._run_dir / f"{instance.lstrip('~')}.pid"
+        return self._run_dir / f"{instance.removeprefix(INSTANCE_PREFIX)}.pid"
 
 
 _TROUBLE = (ChildState.BACKOFF, ChildState.FAILED)
