@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -41,40 +42,45 @@ def ensure(directory: Path) -> Path:
     Blocking: reads and hashes 5.1 MB, or runs the child that writes it. Raises BrokenWeights.
     """
     path = directory / FILE_NAME
-    if _sha256(path) == SHA256:
-        return path
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / f".{FILE_NAME}.new"
     try:
-        made = subprocess.run(
-            [sys.executable, "-m", "meshd.cache.builtin", str(temporary)],
-            capture_output=True,
-            text=True,
-            timeout=MAKE_LIMIT_S,
-            env=environment_of_children(),
-            stdin=subprocess.DEVNULL,
-            check=False,
-        )
-        found = _sha256(temporary)
-        if made.returncode != 0 or found is None:
-            last = (made.stderr.strip().splitlines() or ["no output"])[-1]
-            raise BrokenWeights(f"the built-in model could not be made: {last}", path=str(path))
-        if found != SHA256:
-            raise BrokenWeights(
-                f"the built-in model came out with sha256 {found}, not {SHA256}: the installed "
-                "gguf package writes files differently; install the versions of requirements.lock",
-                path=str(path),
-            )
-        temporary.replace(path)
+        if _sha256(path) == SHA256:
+            return path
+        directory.mkdir(parents=True, exist_ok=True)
+        # A name of its own: several daemons share the cache, and may start together.
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".builtin-") as temporary:
+            made = Path(temporary) / FILE_NAME
+            _make(made)
+            made.replace(path)
     except subprocess.TimeoutExpired:
         raise BrokenWeights(
             f"making the built-in model took more than {MAKE_LIMIT_S:.0f} s", path=str(path)
         ) from None
     except OSError as error:
         raise BrokenWeights(f"{path} cannot be written: {error.strerror}", path=str(path)) from None
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
+
+
+def _make(path: Path) -> None:
+    """Let a child write the model to `path`, and look at what came out."""
+    made = subprocess.run(
+        [sys.executable, "-m", "meshd.cache.builtin", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=MAKE_LIMIT_S,
+        env=environment_of_children(),
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    found = _sha256(path)
+    if made.returncode != 0 or found is None:
+        last = (made.stderr.strip().splitlines() or ["no output"])[-1]
+        raise BrokenWeights(f"the built-in model could not be made: {last}", path=str(path))
+    if found != SHA256:
+        raise BrokenWeights(
+            f"the built-in model came out with sha256 {found}, not {SHA256}: the installed gguf "
+            "package writes files differently; install the versions of requirements.lock",
+            path=str(path),
+        )
 
 
 def write_model(

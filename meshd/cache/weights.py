@@ -8,10 +8,12 @@ inside the file, and the set consistent in itself.
 from __future__ import annotations
 
 import errno
+import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from meshd.cache import builtin
 from meshd.cache.gguf_header import GgufError, GgufHeader, NeedMore, parse_header
@@ -108,31 +110,38 @@ def observe(path: Path, number: int) -> Observation:
     """Look at one shard; problems are part of what is seen, nothing is raised for them."""
     text = str(path)
     try:
-        with path.open("rb") as file:
-            status = path.stat()
+        # Without O_NONBLOCK a named pipe would keep us until somebody writes into it.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(fd, "rb") as file:
+            status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
-                return Observation(text, number, problem="is not a regular file")
+                kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
+                return Observation(text, number, problem=f"is {kind}, not a regular file")
             size = status.st_size
             prefix = file.read(FIRST_READ_BYTES)
             problem = _foreign(prefix, size)
-            header: GgufHeader | None = None
-            while header is None and problem is None:
-                try:
-                    header = parse_header(prefix, size)
-                except NeedMore as more:
-                    wanted = max(more.size, 4 * len(prefix))
-                    if more.size > MAX_HEADER_BYTES:
-                        problem = f"has a header of more than {MAX_HEADER_BYTES} bytes"
-                    prefix += file.read(min(wanted, MAX_HEADER_BYTES) - len(prefix))
-                    if len(prefix) < more.size and problem is None:
-                        problem = "became shorter while it was read"
-                except GgufError as error:
-                    problem = f"is damaged: {error}"
-            return Observation(
-                text, number, size, int(status.st_mtime), None if problem else header, problem
-            )
+            header = None if problem else _read_header(file, prefix, size)
     except OSError as error:
         return Observation(text, number, problem=_why_unreadable(path, error))
+    if isinstance(header, str):
+        header, problem = None, header
+    return Observation(text, number, size, int(status.st_mtime), header, problem)
+
+
+def _read_header(file: IO[bytes], prefix: bytes, size: int) -> GgufHeader | str:
+    """The header, or words for what is wrong with it. Reads on while the parser asks for more."""
+    while True:
+        try:
+            return parse_header(prefix, size)
+        except GgufError as error:
+            return f"is damaged: {error}"
+        except NeedMore as more:
+            if more.size > MAX_HEADER_BYTES:
+                return f"has a header of more than {MAX_HEADER_BYTES} bytes"
+            wanted = min(max(more.size, 4 * len(prefix)), MAX_HEADER_BYTES)
+            prefix += file.read(wanted - len(prefix))
+            if len(prefix) < more.size:
+                return "became shorter while it was read"
 
 
 def judge(observations: Sequence[Observation]) -> BrokenWeights | None:
@@ -194,8 +203,6 @@ def _why_unreadable(path: Path, error: OSError) -> str:
         if path.is_symlink():
             return f"is a link to {path.readlink()}, which does not exist"
         return "is missing"
-    if error.errno == errno.EISDIR:
-        return "is a directory, not a file"
     return f"cannot be read: {error.strerror}"
 
 
