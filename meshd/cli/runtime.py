@@ -12,6 +12,7 @@ from meshd.cli.options import json_option, print_json, size
 from meshd.errors import EngineMissing, EngineRejected
 
 if TYPE_CHECKING:
+    from meshd.runtime.record import RuntimeRecord
     from meshd.runtime.registry import Registry
 
 
@@ -23,21 +24,23 @@ def runtime() -> None:
 @runtime.command("ls")
 @json_option
 def list_runtimes(as_json: bool) -> int:
-    """List the engines built here; `*` marks the one that runs."""
+    """List the engines of this machine; `*` marks the one the next start runs."""
     registry = _registry()
-    records = registry.list()
-    running = _running_id(registry)
+    records = list(registry.list())
+    running = _running(registry)
+    if running is not None and running.id not in {r.id for r in records}:
+        records.append(running)
+    current = running.id if running is not None else None
     if as_json:
-        print_json([{**r.model_dump(mode="json"), "current": r.id == running} for r in records])
+        print_json([{**r.model_dump(mode="json"), "current": r.id == current} for r in records])
         return 0
     if not records:
-        click.echo("no engine was built here; `meshd runtime build --backend cpu` builds one")
+        click.echo("there is no engine here; `meshd runtime build --backend cpu` builds one")
     for record in records:
-        mark = "*" if record.id == running else " "
+        mark = "*" if record.id == current else " "
         state = "" if record.unchanged() else "  CHANGED since it was built; `meshd runtime verify`"
-        click.echo(f"{mark} {record.id}  {record.version}  {record.directory}{state}")
-    if running and running not in {r.id for r in records}:
-        click.echo(f"* {running}  (found on PATH)")
+        origin = "" if record.build is not None else "  (found on PATH)"
+        click.echo(f"{mark} {record.id}  {record.version}  {record.directory}{origin}{state}")
     return 0
 
 
@@ -67,17 +70,15 @@ def build(
     from meshd.runtime.build import BuildOptions
     from meshd.runtime.build import build as run_build
 
-    if if_missing:
+    record = _running(_registry()) if if_missing else None
+    if record is None:
+        options = BuildOptions(backend, cuda_arch, source, jobs)
         try:
-            found = _registry().find(None)
-        except (EngineMissing, EngineRejected):
-            pass
-        else:
-            click.echo(f"engine {found.id}: {found.version}")
-            return 0
-    options = BuildOptions(backend, cuda_arch, source, jobs)
-    with _progress() as show:
-        record = run_build(options, _cache_dir(), show)
+            with _Progress() as show:
+                record = run_build(options, _cache_dir(), show)
+        except KeyboardInterrupt:
+            click.echo("interrupted; the same command goes on from here", err=True)
+            return 130
     if as_json:
         print_json(record.model_dump(mode="json"))
     else:
@@ -123,13 +124,22 @@ def gpus(as_json: bool) -> int:
     if as_json:
         print_json([asdict(device) for device in devices])
         return 0
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("DEVICE", "BACKEND", "FREE", "MEMORY", "COMPUTE"):
+        table.add_column(heading, overflow="fold")
     for device in devices:
-        capability = f", compute {device.compute_capability}" if device.compute_capability else ""
-        shared = ", shares the machine's memory" if device.unified else ""
-        click.echo(
-            f"{device.backend}: {device.name}{capability}, {size(device.memory_free_bytes)} of "
-            f"{size(device.memory_total_bytes)} free{shared}"
+        table.add_row(
+            escape(device.name),
+            device.backend,
+            size(device.memory_free_bytes),
+            size(device.memory_total_bytes) + (" (the machine's)" if device.unified else ""),
+            device.compute_capability or "-",
         )
+    Console(highlight=False).print(table)
     return 0
 
 
@@ -143,14 +153,14 @@ def _registry() -> Registry:
     return Registry(_cache_dir())
 
 
-def _running_id(registry: Registry) -> str | None:
+def _running(registry: Registry) -> RuntimeRecord | None:
     try:
-        return registry.find(None).id
+        return registry.find(None)
     except (EngineMissing, EngineRejected):
         return None
 
 
-class _progress:  # noqa: N801 (used as a with-statement's word)
+class _Progress:
     """A bar on a terminal, a line each tenth elsewhere."""
 
     def __enter__(self) -> Any:

@@ -13,37 +13,38 @@ import os
 import platform
 import re
 import shutil
-import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from meshd.config import environment_of_children
 from meshd.errors import BuildFailed, EngineRejected, NoSpace
 from meshd.kernel.files import write_atomic
+from meshd.runtime.devices import read_memory
 from meshd.runtime.probe import RPC_SERVERS, SERVER, probe
 from meshd.runtime.record import BuildFacts, RuntimeRecord
 from meshd.runtime.registry import RECORD, Registry
 from meshd.runtime.sources import PINNED, PinnedSource, Source, obtain
+from meshd.runtime.steps import fraction_of, run_step
 from meshd.runtime.toolchain import Toolchain, find_toolchain
 
 BACKENDS = ("cpu", "cuda", "rocm", "vulkan", "metal")
 TARGETS = (SERVER, RPC_SERVERS[0], "llama-gguf-split", "llama-bench")
-BYTES_PER_JOB = 1_500_000_000
-"""Memory the heaviest files of llama.cpp need to compile."""
-SPACE_BYTES = {"cpu": 1_500_000_000, "cuda": 6_000_000_000}
+BYTES_PER_JOB = 1_610_612_736
+"""Memory the heaviest files of llama.cpp need to compile: 1.5 GiB."""
+SPACE_BYTES = {"cpu": 500_000_000, "cuda": 4_000_000_000}
 """Free disk a build wants, by backend; others are reckoned like CUDA."""
 
 _BACKEND_FLAGS = {
     "cpu": (),
-    "cuda": ("-DGGML_CUDA=ON", "-DGGML_CUDA_FA_ALL_QUANTS=ON", "-DGGML_CUDA_NCCL=OFF"),
+    "cuda": (
+        *("-DGGML_CUDA=ON", "-DGGML_CUDA_FA=ON", "-DGGML_CUDA_FA_ALL_QUANTS=ON"),
+        "-DGGML_CUDA_NCCL=OFF",
+    ),
     "rocm": ("-DGGML_HIP=ON",),
     "vulkan": ("-DGGML_VULKAN=ON",),
     "metal": ("-DGGML_METAL=ON",),
 }
-_STEP = re.compile(r"^\[(\d+)/(\d+)\]")
 
 Progress = Callable[[str, float], None]
 """Called with words for the current step and the fraction done, 0..1."""
@@ -77,19 +78,17 @@ def cmake_args(options: BuildOptions, commit: str) -> tuple[str, ...]:
         f"-DLLAMA_BUILD_COMMIT={commit}",
         *_BACKEND_FLAGS[options.backend],
     ]
+    if options.backend != "cpu":
+        # The vendor's libraries may lie where the loader does not look.
+        arguments.append("-DCMAKE_INSTALL_RPATH_USE_LINK_PATH=ON")
     if options.backend == "cuda":
         arguments.append(f"-DCMAKE_CUDA_ARCHITECTURES={options.cuda_arch or 'native'}")
     return tuple(arguments)
 
 
-def fraction_of(line: str) -> float | None:
-    """How far ninja is, from `[7/224] Building …`; None for any other line."""
-    match = _STEP.match(line)
-    return int(match[1]) / max(1, int(match[2])) if match else None
-
-
 def default_jobs(cpus: int, memory_bytes: int) -> int:
-    return max(1, min(cpus, memory_bytes // BYTES_PER_JOB))
+    """Compilers at once; memory 0 is unknown."""
+    return max(1, min(cpus, memory_bytes // BYTES_PER_JOB)) if memory_bytes else cpus
 
 
 def build(
@@ -105,24 +104,26 @@ def build(
     """
     registry = Registry(cache_dir)
     registry.directory.mkdir(parents=True, exist_ok=True)
+    _check_space(registry.directory, options.backend)
     progress("looking for the tools", 0.0)
     tools = find_toolchain(options.backend, cache_dir / "meshd" / "tools")
     progress("fetching the source", 0.0)
     source = obtain(options.source, cache_dir / "meshd" / "sources", pinned)
     runtime_id = _runtime_id(source, options, tools)
-    with _lock(registry.directory / f".{runtime_id}.lock"):
+    with _lock(registry.directory / f".{runtime_id}.lock", progress):
         for record in registry.list():
             if record.id == runtime_id and record.unchanged():
                 return record
         work = registry.directory / f".{runtime_id}.build"
         work.mkdir(exist_ok=True)
-        _check_space(work, options.backend)
         log = registry.directory / f"{runtime_id}.log"
+        log.write_bytes(b"")
         _configure(tools, source, options, work, log, progress)
         _compile(tools, options, work, log, progress)
         progress("checking what was built", 1.0)
         record = _publish(registry, runtime_id, source, options, tools, work)
         shutil.rmtree(work, ignore_errors=True)
+        progress("done", 1.0)
         return record
 
 
@@ -134,19 +135,29 @@ def _runtime_id(source: Source, options: BuildOptions, tools: Toolchain) -> str:
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def _lock(path: Path, progress: Progress) -> Iterator[None]:
     """Two builds of one engine: the second waits, and finds it done."""
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress("waiting for another build of the same engine", 0.0)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _check_space(work: Path, backend: str) -> None:
-    wanted = SPACE_BYTES.get(backend, SPACE_BYTES["cuda"])
-    free = shutil.disk_usage(work).free
+def _check_space(directory: Path, backend: str) -> None:
+    """What an interrupted build already wrote need not be free again."""
+    written = 0
+    for work in directory.glob(f".{backend}-*.build"):
+        for path in work.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # that build may be running
+                written += path.lstat().st_size
+    wanted = SPACE_BYTES.get(backend, SPACE_BYTES["cuda"]) - written
+    free = shutil.disk_usage(directory).free
     if free < wanted:
         raise NoSpace(
-            f"the build wants {wanted / 1e9:.1f} GB on the disk of {work.parent}, {free / 1e9:.1f} "
+            f"the build wants {wanted / 1e9:.1f} GB on the disk of {directory}, {free / 1e9:.1f} "
             "GB are free; make room, or set XDG_CACHE_HOME to another disk"
         )
 
@@ -164,57 +175,25 @@ def _configure(
         *(tools.cmake, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools.ninja}"),
         *("-S", str(source.directory), "-B", str(work), *cmake_args(options, source.commit)),
     ]
-    _run(command, log, lambda line: None)
+    if tools.device_compiler is not None and options.backend == "cuda":
+        command.append(f"-DCMAKE_CUDA_COMPILER={tools.device_compiler}")
+    # An unpacked tree is no repository; git must not take one around the cache for it.
+    environ = {"GIT_CEILING_DIRECTORIES": str(source.directory.parent)}
+    run_step(command, log, lambda line: None, environ)
 
 
 def _compile(
     tools: Toolchain, options: BuildOptions, work: Path, log: Path, progress: Progress
 ) -> None:
-    jobs = options.jobs or default_jobs(os.cpu_count() or 1, _memory_bytes())
+    jobs = options.jobs or default_jobs(_cpus(), read_memory()[0])
 
     def hear(line: str) -> None:
         fraction = fraction_of(line)
         if fraction is not None:
             progress("compiling", fraction)
 
-    _run([tools.ninja, "-C", str(work), "-j", str(jobs), *TARGETS], log, hear)
-
-
-def _run(command: list[str], log: Path, hear: Callable[[str], None]) -> None:
-    """Run in a process group of its own, which ends with us on any way out."""
-    last: list[str] = []
-    with log.open("a") as file:
-        file.write(f"$ {' '.join(command)}\n")
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            errors="replace",
-            env=environment_of_children(),
-            start_new_session=True,
-        )
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                file.write(line)
-                last = [*last[-11:], line.rstrip()]
-                hear(line)
-            status = process.wait()
-        except BaseException:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
-            raise
-        finally:
-            process.stdout.close()
-    if status != 0:
-        telling = [x for x in last if "error" in x.lower()] or last
-        raise BuildFailed(
-            f"{Path(command[0]).name} failed with status {status}: {telling[-1] if telling else ''}"
-            f" (all of it is in {log}; the next `meshd runtime build` goes on from here)"
-        )
+    command = [tools.ninja, "-C", str(work), "-j", str(jobs), *TARGETS]
+    run_step(command, log, hear, {"NINJA_STATUS": "[%f/%t] "})
 
 
 def _publish(
@@ -283,5 +262,7 @@ def _protocol(source: Source) -> str | None:
     return ".".join(m[1] for m in parts if m) if all(parts) else None
 
 
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def _cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
-from pathlib import Path
+import platform
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from meshd.view import DeviceView
 
 log = logging.getLogger(__name__)
+
+Memory = tuple[int, int]
+"""(total, available) bytes."""
 
 
 def read_devices(nvml: Any = None, *, proc: Path = Path("/proc")) -> tuple[DeviceView, ...]:
@@ -21,6 +26,22 @@ def read_devices(nvml: Any = None, *, proc: Path = Path("/proc")) -> tuple[Devic
     return (*_nvidia(nvml, proc), _cpu(proc))
 
 
+def read_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> Memory:
+    """(total, available) bytes of this machine, no more than the cgroups (v2) of this process
+    allow; (0, 0) where the kernel does not tell. Blocking; nothing is raised."""
+    fields: dict[str, int] = {}
+    try:
+        for line in (proc / "meminfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            fields[key] = int(value.split()[0]) * 1024
+    except (OSError, ValueError, IndexError):
+        return 0, 0
+    total, free = fields.get("MemTotal", 0), fields.get("MemAvailable", 0)
+    for limit, used in _cgroup_limits(proc, cgroups):
+        total, free = min(total, limit), min(free, max(0, limit - used))
+    return total, free
+
+
 def _nvidia(nvml: Any, proc: Path) -> list[DeviceView]:
     try:
         nvml = nvml or importlib.import_module("pynvml")
@@ -28,26 +49,37 @@ def _nvidia(nvml: Any, proc: Path) -> list[DeviceView]:
     except Exception as error:  # no driver, another driver, no library: all normal
         log.debug("no NVIDIA devices: %s", error)
         return []
+    found = []
     try:
-        return [_nvidia_device(nvml, index, proc) for index in range(nvml.nvmlDeviceGetCount())]
+        for index in range(nvml.nvmlDeviceGetCount()):
+            try:
+                found.append(_nvidia_device(nvml, index, proc))
+            except nvml.NVMLError as error:  # one that fell off the bus does not hide the others
+                log.warning("NVIDIA device %d cannot be read: %s", index, error)
     except nvml.NVMLError as error:
-        log.warning("NVIDIA devices cannot be read: %s", error)
-        return []
+        log.warning("NVIDIA devices cannot be counted: %s", error)
     finally:
-        nvml.nvmlShutdown()
+        with contextlib.suppress(nvml.NVMLError):
+            nvml.nvmlShutdown()
+    return found
 
 
 def _nvidia_device(nvml: Any, index: int, proc: Path) -> DeviceView:
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
     name = nvml.nvmlDeviceGetName(handle)
-    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
     try:
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-        total, free, unified = int(memory.total), int(memory.free), False
+        major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+        capability = f"{major}.{minor}"
     except nvml.NVMLError_NotSupported:
-        # GB10, Jetson: the device uses the machine's memory, and the driver does not count it.
-        total, free = _memory(proc)
-        unified = True
+        capability = None
+    total = free = 0
+    with contextlib.suppress(nvml.NVMLError_NotSupported):
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        total, free = int(memory.total), int(memory.free)
+    # GB10, Jetson: the device uses the machine's memory, and the driver does not count it.
+    unified = total == 0
+    if unified:
+        total, free = read_memory(proc)
     return DeviceView(
         name=name.decode() if isinstance(name, bytes) else str(name),
         backend="cuda",
@@ -55,12 +87,12 @@ def _nvidia_device(nvml: Any, index: int, proc: Path) -> DeviceView:
         memory_total_bytes=total,
         memory_free_bytes=free,
         unified=unified,
-        compute_capability=f"{major}.{minor}",
+        compute_capability=capability,
     )
 
 
 def _cpu(proc: Path) -> DeviceView:
-    total, free = _memory(proc)
+    total, free = read_memory(proc)
     return DeviceView(
         name=_cpu_name(proc),
         backend="cpu",
@@ -72,34 +104,38 @@ def _cpu(proc: Path) -> DeviceView:
     )
 
 
-def _memory(proc: Path) -> tuple[int, int]:
-    """(total, available) bytes, no more than this process's cgroup allows (cgroup v2)."""
-    fields: dict[str, int] = {}
+def _cgroup_limits(proc: Path, cgroups: Path) -> list[tuple[int, int]]:
+    """(limit, bytes in use that cannot be given back) of each group this process is in, inmost
+    first; groups without a limit are left out. A limit may stand on any level (systemd slices)."""
     try:
-        for line in (proc / "meminfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            fields[key] = int(value.split()[0]) * 1024
-    except (OSError, ValueError, IndexError):
-        return 0, 0
-    total, free = fields.get("MemTotal", 0), fields.get("MemAvailable", 0)
-    limit, used = _cgroup(proc)
-    if limit is not None and limit < total:
-        total, free = limit, min(free, max(0, limit - used))
-    return total, free
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    own = next((line[3:].lstrip("/") for line in lines if line.startswith("0::")), None)
+    if own is None:
+        return []
+    limits = []
+    for name in (PurePosixPath(own), *PurePosixPath(own).parents):
+        group = cgroups / name
+        try:
+            limit = (group / "memory.max").read_text().strip()
+            if limit == "max":
+                continue
+            used = int((group / "memory.current").read_text())
+            limits.append((int(limit), max(0, used - _page_cache(group))))
+        except (OSError, ValueError):
+            continue
+    return limits
 
 
-def _cgroup(proc: Path, root: Path = Path("/sys/fs/cgroup")) -> tuple[int | None, int]:
-    """(memory.max, memory.current) of this process; None without a limit."""
-    try:
-        line = next(
-            x for x in (proc / "self/cgroup").read_text().splitlines() if x.startswith("0::")
-        )
-        group = root / line[3:].lstrip("/")
-        limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
-    except (OSError, StopIteration, ValueError):
-        return None, 0
-    return (None if limit == "max" else int(limit)), used
+def _page_cache(group: Path) -> int:
+    """Bytes of files in memory: weights that were mapped once count as used, but make room."""
+    total = 0
+    for line in (group / "memory.stat").read_text().splitlines():
+        key, _, value = line.partition(" ")
+        if key in ("active_file", "inactive_file"):
+            total += int(value)
+    return total
 
 
 def _cpu_name(proc: Path) -> str:
@@ -110,6 +146,4 @@ def _cpu_name(proc: Path) -> str:
                 return value.strip()
     except OSError:
         pass
-    import platform
-
     return platform.processor() or platform.machine() or "CPU"

@@ -4,11 +4,11 @@ Run as a program, by path and with `-I -S`, so it imports nothing of meshd:
 
     guard.py PARENT_PID OOM_SCORE_ADJ [SIGNAL] -- PROGRAM ARGUMENT...
 
-Asks the kernel for SIGNAL (a number; SIGKILL) when the parent dies (Linux; elsewhere pid files have to do), checks
-that the parent did not die before that, puts signals back to their defaults, lets the kernel prefer
-this process to the daemon when memory runs out, forbids core files (as large as the model, into a
-directory of sockets), and executes PROGRAM. It runs in place of code
-between fork and exec, which Python cannot do safely in a process with threads.
+Asks the kernel for SIGNAL (a number; SIGKILL) when the parent dies (Linux; elsewhere pid files have
+to do), checks that the parent did not die before that, puts signals back to their defaults, lets
+the kernel prefer this process to the daemon when memory runs out, forbids core files (as large as
+the model, into a directory of sockets), and executes PROGRAM. It runs in place of code between fork
+and exec, which Python cannot do safely in a process with threads.
 
 Exit status: 125 the parent is gone, 127 the program cannot be executed (with one line why).
 """
