@@ -13,7 +13,9 @@ import logging
 import random
 import signal
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from meshd import __version__
 from meshd.api import ApiServer
@@ -31,6 +33,9 @@ from meshd.kernel import (
 )
 from meshd.kernel.logs import configure_logging
 from meshd.view import NodeState, NodeView, View
+
+if TYPE_CHECKING:
+    from meshd.runtime.host import ModelHost
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +77,7 @@ class Node:
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._exit_code = 0
+        self._models: ModelHost | None = None
         node = NodeView(
             id=NodeId(""),
             name=config.name,
@@ -86,7 +92,12 @@ class Node:
 
     async def run(self) -> int:
         api = ApiServer(
-            self.config, self._board, clock=self._clock, rng=self._rng, recorder=self._recorder
+            self.config,
+            self._board,
+            clock=self._clock,
+            rng=self._rng,
+            recorder=self._recorder,
+            metrics=self._counts,
         )
         host, port = api.bind()
         self._set_node(listen=f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
@@ -166,11 +177,17 @@ class Node:
             status=api.status,
             recorder=self._recorder,
         )
+        self._models = models
         await stack.start(models)
         await stack.start(admin)
         await stack.start(_Survey(self._board, self._pool))
         for ref in config.model:
             models.load(ref)
+
+    def _counts(self) -> Iterable[tuple[str, Mapping[str, str], float]]:
+        """For `/metrics`, what is not the API's."""
+        restarts = self._models.restarts if self._models is not None else 0
+        yield "meshd_child_restarts_total", {"kind": "llama-server"}, restarts
 
     def _install_signals(self) -> None:
         loop = asyncio.get_running_loop()

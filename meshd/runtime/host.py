@@ -101,6 +101,9 @@ class ModelHost(Service):
         self._binary: Path | None = None
         self._tickets = itertools.count(1)
         self._refusals: dict[int, str] = {}
+        self._attempts: dict[ModelId, int] = {}
+        self.restarts = 0
+        """Engines started again since the node began, all models together."""
         self._publish()
 
     # -- asked from outside -----------------------------------------------------------------------
@@ -212,8 +215,12 @@ class ModelHost(Service):
 
     def _engine_reported(self, report: EngineReport) -> None:
         state = _MODEL_STATE[report.state]
+        if report.attempt > max(1, self._attempts.get(report.model, 1)):
+            self.restarts += 1
+        self._attempts[report.model] = report.attempt
         if report.state is ChildState.STOPPED:
             self._engines.pop(report.model, None)
+            del self._attempts[report.model]
         self._post(EngineReported(report.model, state, report.reason))
 
     # -- view -------------------------------------------------------------------------------------

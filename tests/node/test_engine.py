@@ -57,6 +57,8 @@ def test_killed_engine_comes_back_and_clients_are_told(make_daemon: DaemonFactor
             client.join()
     allowed = {(200, ""), (502, "upstream_failed"), (503, "model_loading")}
     assert set(outcomes) <= allowed
+    metrics = daemon.request("GET", "/metrics")[2].decode()
+    assert 'meshd_child_restarts_total{kind="llama-server"} 1.0' in metrics
 
 
 @pytest.mark.parametrize("victims", ["daemon", "both"])
