@@ -5,9 +5,10 @@ Run as a program, by path and with `-I -S`, so it imports nothing of meshd:
     guard.py PARENT_PID OOM_SCORE_ADJ [SIGNAL] -- PROGRAM ARGUMENT...
 
 Asks the kernel for SIGNAL (a number; SIGKILL) when the parent dies (Linux; elsewhere pid files have
-to do), checks that the parent did not die before that, puts signals back to their defaults, lets
-the kernel prefer this process to the daemon when memory runs out, forbids core files (as large as
-the model, into a directory of sockets), and executes PROGRAM. It runs in place of code between fork
+to do), checks that the parent did not die before that, closes what was inherited beyond standard
+error (uvloop passes it on), puts signals back to their defaults, lets the kernel prefer this
+process to the daemon when memory runs out, forbids core files (as large as the model, into a
+directory of sockets), and executes PROGRAM. It runs in place of code between fork
 and exec, which Python cannot do safely in a process with threads.
 
 Exit status: 125 the parent is gone, 127 the program cannot be executed (with one line why).
@@ -31,6 +32,12 @@ def main(argv: list[str]) -> int:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, death_signal, 0, 0, 0)
     if os.getppid() != parent:
         return 125
+    for name in os.listdir("/dev/fd"):  # noqa: PTH208 (nothing to import for)
+        if int(name) > 2:
+            try:
+                os.close(int(name))
+            except OSError:
+                pass  # the one that listed them
     try:
         with open("/proc/self/oom_score_adj", "w") as file:  # noqa: PTH123 (nothing to import for)
             file.write(oom_score_adj)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import uvloop
 
 from meshd.runtime.process import ENVIRONMENT, GUARD, ChildProcess
 from tests.conftest import wait_until
@@ -141,6 +142,26 @@ async def test_no_process_at_all_is_an_error(heard: Heard, tmp_path: Path) -> No
     with pytest.raises(FileNotFoundError):
         await heard.shell("true", tmp_path / "no such directory")
     assert heard.status is None
+
+
+def test_the_transports_of_uvloop_do_the_same(tmp_path: Path) -> None:
+    """The daemon runs on uvloop."""
+
+    async def main() -> None:
+        for check in (
+            test_lines_of_both_streams_come_before_the_exit,
+            test_a_signal_is_a_negative_status,
+            test_what_the_child_started_ends_with_it,
+            test_the_group_gets_the_signal,
+            test_a_child_that_prints_without_end_is_not_held_up,
+            test_no_descriptor_of_the_daemon_reaches_the_child,
+            test_no_process_at_all_is_an_error,
+            test_many_children_leave_nothing,
+        ):
+            await check(Heard(), tmp_path)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
 
 
 def test_the_child_dies_with_its_parent(tmp_path: Path) -> None:
