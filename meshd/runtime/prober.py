@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,13 @@ ANSWER_LIMIT_S = 5.0
 ANSWER_LIMIT_BYTES = 8 * 1024 * 1024
 
 
+OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+"""Why a question was not asked: this process, or the machine, has run out of something."""
+
+
 @dataclass(frozen=True, slots=True)
 class NotYet:
-    """It loads."""
+    """It loads; or the question could not be asked, which says nothing of the engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,15 @@ async def startup(
     socket_path: str, instance: InstanceId, generation_limit_s: float
 ) -> EngineFacts | NotYet | Wrong:
     """Health, identity, slots and context, one generated token: all that READY needs."""
+    try:
+        return await _startup(socket_path, instance, generation_limit_s)
+    except _NotAsked:
+        return NotYet()
+
+
+async def _startup(
+    socket_path: str, instance: InstanceId, generation_limit_s: float
+) -> EngineFacts | NotYet | Wrong:
     health = await _ask(socket_path, "GET", "/health")
     if health is None or health.status == 503:
         return NotYet()
@@ -47,19 +61,25 @@ async def startup(
     return await _with_generation(socket_path, facts, generation_limit_s)
 
 
-async def liveness(socket_path: str) -> Wrong | None:
+async def liveness(socket_path: str) -> NotYet | Wrong | None:
     """None if the engine answers. `/slots` goes through its work queue, `/health` does not."""
     for path in ("/health", "/slots"):
-        answer = await _ask(socket_path, "GET", path)
+        try:
+            answer = await _ask(socket_path, "GET", path)
+        except _NotAsked:
+            return NotYet()
         # 501: started without the slots endpoint, by the user's own arguments.
         if answer is None or answer.status not in (200, 501):
             return Wrong(f"{path} answered {'nothing' if answer is None else answer.status}")
     return None
 
 
-async def generate(socket_path: str, limit_s: float) -> Wrong | None:
+async def generate(socket_path: str, limit_s: float) -> NotYet | Wrong | None:
     """One token; None if it came, or if the engine only makes embeddings."""
-    answer = await _ask(socket_path, "POST", "/completion", _ONE_TOKEN, limit_s)
+    try:
+        answer = await _ask(socket_path, "POST", "/completion", _ONE_TOKEN, limit_s)
+    except _NotAsked:
+        return NotYet()
     if answer is None:
         return Wrong(f"no token within {limit_s:g} s")
     if answer.status in (200, 501):
@@ -100,6 +120,10 @@ def _facts(props: Any) -> EngineFacts | None:
         return None
 
 
+class _NotAsked(Exception):
+    """See OURS."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Answer:
     status: int
@@ -118,7 +142,10 @@ class _Answer:
 async def _ask(
     socket_path: str, method: str, path: str, body: bytes = b"", limit_s: float = ANSWER_LIMIT_S
 ) -> _Answer | None:
-    """The answer, or None if none came in time. With `Connection: close` the stream ends it."""
+    """The answer, or None if none came in time. With `Connection: close` the stream ends it.
+
+    Raises _NotAsked if it is not the engine that kept it from being asked.
+    """
     try:
         async with asyncio.timeout(limit_s):
             reader, writer = await asyncio.open_unix_connection(socket_path)
@@ -131,7 +158,9 @@ async def _ask(
                 raw = await _read_all(reader)
             finally:
                 writer.close()
-    except (OSError, TimeoutError):
+    except (OSError, TimeoutError) as error:  # TimeoutError is an OSError; it has no errno
+        if error.errno in OURS:
+            raise _NotAsked from error
         return None
     head_bytes, separator, payload = raw.partition(b"\r\n\r\n")
     parts = head_bytes.split(b" ", 2)

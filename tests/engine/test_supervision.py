@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -78,18 +80,19 @@ async def test_from_nothing_to_ready_to_nothing(stage: Stage, binary: Path, weig
     assert "model loaded" in log
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
 async def test_a_killed_engine_comes_back_as_another_instance(
-    stage: Stage, binary: Path, weights: Path
+    stage: Stage, binary: Path, weights: Path, number: signal.Signals
 ) -> None:
     engine = stage.supervise(binary, weights)
     engine.start()
     first = await wait_state(engine, ChildState.READY)
     assert first.pid is not None
-    os.kill(first.pid, signal.SIGKILL)
+    os.kill(first.pid, number)
     backoff = await wait_state(engine, ChildState.BACKOFF)
-    assert backoff.reason == "the engine was ended by signal 9; starting again in 0.5 s"
+    assert backoff.reason == f"the engine was ended by signal {number}; starting again in 0.5 s"
     assert backoff.retry_at is not None
-    assert stage.files() == set()
+    assert stage.files() == set()  # nor a core file
     second = await wait_state(engine, ChildState.READY)
     assert second.attempt == 2
     assert second.instance != first.instance
@@ -370,6 +373,38 @@ async def test_a_run_directory_that_vanished(stage: Stage, binary: Path, weights
     stage.run_dir.mkdir()
     engine.start()
     await wait_state(engine, ChildState.READY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+async def test_whatever_is_done_to_it_one_engine_serves_in_the_end(
+    stage: Stage, binary: Path, weights: Path, seed: int
+) -> None:
+    """Kills and stops processes in any phase of their lives, and asks for starts meanwhile."""
+    rng = random.Random(seed)
+    engine = stage.supervise(
+        binary, weights, restart_budget=100, probe_interval_s=0.1, hang_after_s=1.0
+    )
+    engine.start()
+    for number in range(15):
+        await wait_for(lambda: engine.report.pid is not None, "a process")
+        lines, pid = rng.randrange(12), engine.report.pid
+        assert pid is not None
+        seen = len(stage.reports)
+        await wait_for(
+            lambda: (
+                len(stage.reports) > seen + lines or engine.report.state is ChildState.READY  # noqa: B023
+            ),
+            "some progress",
+        )
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGABRT]))
+        await wait_for(lambda: engine.report.pid != pid, "the end of the process")  # noqa: B023
+        if number > 1 or rng.random() < 0.5:
+            engine.start()  # the waits grow
+    await wait_state(engine, ChildState.READY)
+    assert len(psutil.Process().children()) == 1
+    assert len(stage.files()) == 2
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -142,7 +143,7 @@ async def test_a_first_token_that_fails_is_final(engine: ScriptedEngine) -> None
     assert found.final
     assert "no KV" in found.reason
     wrong = await prober.generate(engine.path, 1.0)
-    assert wrong is not None
+    assert isinstance(wrong, prober.Wrong)
     assert "500" in wrong.reason
 
 
@@ -174,3 +175,16 @@ async def test_an_endless_answer_is_cut(
     monkeypatch.setattr(prober, "ANSWER_LIMIT_BYTES", 1000)
     engine.answers["/health"] = b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 2000
     assert await prober.liveness(engine.path) == prober.Wrong("/health answered nothing")
+
+
+async def test_a_question_that_was_not_asked_says_nothing_of_the_engine(
+    engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def no_descriptor(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(asyncio, "open_unix_connection", no_descriptor)
+    assert await startup(engine) == prober.NotYet()
+    assert await prober.liveness(engine.path) == prober.NotYet()
+    assert await prober.generate(engine.path, 1.0) == prober.NotYet()
+    assert engine.asked == []
