@@ -60,6 +60,13 @@ http {{
 }}
 """
 
+_LITELLM_AT_HOME = {
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "LITELLM_LOG": "ERROR",
+    # Whatever else it would fetch: a benchmark does not leave the machine.
+    "HTTPS_PROXY": "http://127.0.0.1:9",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Front:
@@ -166,14 +173,15 @@ class Bench:
         port, conf = free_port(), self._places.work_dir / "litellm.yaml"
         upstream = f"http://127.0.0.1:{self._mock_port}/v1"
         parameters = {"model": "openai/mock", "api_base": upstream, "api_key": "none"}
+        # Without a key, like the others here: it listens on loopback for some minutes.
+        general = {"dangerously_permit_weak_or_unset_master_key": True}
+        models = [{"model_name": "mock", "litellm_params": parameters}]
         # JSON is YAML.
-        conf.write_text(
-            json.dumps({"model_list": [{"model_name": "mock", "litellm_params": parameters}]})
-        )
+        conf.write_text(json.dumps({"model_list": models, "general_settings": general}))
         argv = [program, "--config", str(conf), "--host", "127.0.0.1", "--port", str(port)]
-        quiet = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"}
-        child = self._stable.start(LITELLM, [*argv, "--num_workers", "1"], env=quiet)
-        return Front(LITELLM, port, "mock", child.pid, self._mock_pid, first_line(program, "-v"))
+        child = self._stable.start(LITELLM, [*argv, "--num_workers", "1"], env=_LITELLM_AT_HOME)
+        version = first_line(program, "-v", env=_LITELLM_AT_HOME)
+        return Front(LITELLM, port, "mock", child.pid, self._mock_pid, version)
 
     def _meshd(self) -> Front:
         work, port = self._places.work_dir, free_port()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -31,9 +32,10 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
-def first_line(*argv: str) -> str:
-    """What a program says of its version."""
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=30)
+def first_line(*argv: str, env: Mapping[str, str] | None = None) -> str:
+    """What a program says of its version. `env` is added to ours."""
+    environment = {**os.environ, **(env or {})}
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, env=environment)
     lines = (done.stdout + done.stderr).strip().splitlines()
     return lines[0] if lines else ""
 
