@@ -30,22 +30,25 @@ def fraction_of(line: str) -> float | None:
     return int(match[1]) / max(1, int(match[2])) if match else None
 
 
-def failure_of(program: str, status: int, lines: Sequence[str]) -> MeshdError:
+def failure_of(program: str, status: int, lines: Sequence[str], log: Path) -> MeshdError:
     """The line that tells, out of the last ones that `program` wrote before it failed."""
+    where = f"(all of it is in {log})"
     text = "\n".join(lines)
     if "No space left on device" in text:
-        return NoSpace(f"{program} ran out of disk; make room, then build again: it goes on")
+        return NoSpace(
+            f"{program} ran out of disk; make room, then build again: it goes on {where}"
+        )
     if re.search(r"Killed signal terminated program|signal 9|: Killed$", text, re.MULTILINE):
         return BuildFailed(
             f"{program}: a compiler was killed, as a rule for want of memory; build again with "
-            "fewer at once: --jobs 1"
+            f"fewer at once: --jobs 1 {where}"
         )
     telling = [n for n, line in enumerate(lines) if re.search(r"\berror\b", line, re.IGNORECASE)]
     words = lines[telling[0]].strip() if telling else (lines[-1].strip() if lines else "no output")
     if words.startswith("CMake Error"):  # what is wrong stands below it
         below = (line.strip() for line in lines[telling[0] + 1 :])
         words = " ".join((words, next((line for line in below if line), "")))
-    return BuildFailed(f"{program} failed with status {status}: {words.strip()}")
+    return BuildFailed(f"{program} failed with status {status}: {words.strip()} {where}")
 
 
 def run_step(
@@ -88,9 +91,7 @@ def run_step(
         finally:
             process.stdout.close()
     if status != 0:
-        failure = failure_of(Path(command[0]).name, status, tuple(last))
-        failure.message += f" (all of it is in {log})"
-        raise failure
+        raise failure_of(Path(command[0]).name, status, tuple(last), log)
 
 
 def _end(process: subprocess.Popen[str]) -> None:
