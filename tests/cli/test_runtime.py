@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from meshd.cli.main import main
 from meshd.runtime.registry import Registry
 from meshd.view import DeviceView
