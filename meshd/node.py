@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import importlib
 import logging
 import random
 import signal
@@ -111,6 +112,7 @@ class Node:
             # What is alive now stays: full collections need not walk it again.
             gc.collect()
             gc.freeze()
+            gc.enable()
             await self._wait_for_end(stack)
         finally:
             await self._shut_down(stack, api)
@@ -119,7 +121,8 @@ class Node:
     # -- start ------------------------------------------------------------------------------------
 
     async def _start_rooms(self, stack: ServiceStack, api: ApiServer) -> None:
-        # Imported here: the API answers before any of this is read from disk.
+        # In a thread, so that the API answers while all this is read from disk and compiled.
+        await self._pool.run(_import_rooms)
         from meshd.api.admin import AdminServer, LoadBody, UnloadBody
         from meshd.cache.references import model_id
         from meshd.cache.weights import inspect
@@ -281,6 +284,18 @@ class _Survey(Service):
                 view = self._board.current
                 self._board.publish(replace(view, devices=devices, cache=cache))
             await _wait_at_most(self.stopping, SURVEY_INTERVAL_S)
+
+
+def _import_rooms() -> None:
+    """What `_start_rooms` imports by name."""
+    for module in (
+        "meshd.api.admin",
+        "meshd.cache.weights",
+        "meshd.peers.identity",
+        "meshd.runtime.host",
+        "meshd.runtime.registry",
+    ):
+        importlib.import_module(module)
 
 
 async def _wait_at_most(event: asyncio.Event, seconds: float) -> None:
