@@ -53,9 +53,8 @@ def engine_dir() -> Path:
     """Directory of a real llama-server; `make engine` provides one."""
     if chosen := os.environ.get("MESHD_TEST_ENGINE"):
         return Path(chosen)
-    from meshd.runtime.registry import Registry
-
     from meshd import config
+    from meshd.runtime.registry import Registry
 
     try:
         record = Registry(config.load().config.cache_dir).find(None)

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from meshd.errors import BuildFailed, NoSpace
@@ -20,6 +19,7 @@ from meshd.runtime.build import BuildOptions, build, cmake_args, default_jobs
 from meshd.runtime.record import RuntimeRecord
 from meshd.runtime.registry import Registry
 from tests.conftest import wait_until
+from tests.runtime.processes import ended
 from tests.runtime.toy_source import GATE, toy_files, toy_package, toy_tree
 
 GIB = 1 << 30
@@ -258,7 +258,7 @@ def test_an_interrupted_build_leaves_nobody_and_goes_on(
     assert builder.returncode == (130 if number is signal.SIGINT else -number)
     if number is signal.SIGINT:
         assert "interrupted; the same command goes on from here" in said
-    wait_until(lambda: not psutil.pid_exists(waiting), what="the end of the compiler")
+    wait_until(lambda: ended(waiting), what="the end of the compiler")
     assert Registry(cache).list() == ()
 
     (work,) = (cache / "meshd" / "runtimes").glob(".*.build")

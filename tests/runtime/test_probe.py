@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from meshd.errors import EngineRejected
@@ -22,6 +21,7 @@ from meshd.runtime.probe import (
 from meshd.runtime.registry import RECORD
 from tests.conftest import wait_until
 from tests.runtime.fake_engine import HELP, make_engine, program, questions
+from tests.runtime.processes import ended
 
 
 def test_record_of_a_usable_directory(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_a_program_that_hangs_is_ended_with_all_it_started(tmp_path: Path) -> No
         probe(directory, limit_s=1.5)
     assert time.monotonic() - began < 10
     sleeper = int((directory / "sleeper").read_text())
-    wait_until(lambda: not psutil.pid_exists(sleeper) or _is_zombie(sleeper), what="its end")
+    wait_until(lambda: ended(sleeper), what="its end")
 
 
 def test_settings_of_meshd_do_not_reach_the_engine(
@@ -201,10 +201,3 @@ def test_the_real_engine_without_one_of_its_libraries(engine_dir: Path, tmp_path
     with pytest.raises(EngineRejected, match=r"needs lib[\w-]+\.so[.\d]*, which is not on this"):
         # Engines built here find libraries beside themselves only, and there are none.
         probe(tmp_path)
-
-
-def _is_zombie(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return True

@@ -8,12 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from meshd.errors import BuildFailed, MeshdError, NoSpace
 from meshd.runtime.steps import failure_of, fraction_of, run_step
 from tests.conftest import wait_until
+from tests.runtime.processes import ended
 
 SHELL = "/bin/sh"
 
@@ -96,7 +96,7 @@ def test_an_interruption_ends_the_group(
         script = f"trap '' TERM; {script}"
     with pytest.raises(KeyboardInterrupt):
         run_step([SHELL, "-c", script], tmp_path / "log", hear)
-    wait_until(lambda: not psutil.pid_exists(pids[0]), what="the end of what it started")
+    wait_until(lambda: ended(pids[0]), what="the end of what it started")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="parent-death signals are Linux's")
@@ -114,4 +114,4 @@ def test_the_death_of_the_builder_ends_the_program(tmp_path: Path, number: signa
     pid = int(pid_file.read_text())
     os.kill(builder.pid, number)
     assert builder.wait(10) == -number
-    wait_until(lambda: not psutil.pid_exists(pid), what="the program's end")
+    wait_until(lambda: ended(pid), what="the program's end")
