@@ -17,7 +17,7 @@ help: ## list the targets
 run: engine ## set everything up and start a node with the built-in model (ARGS="…" adds flags)
 	exec $(BIN)/meshd run --model builtin $(ARGS)
 
-test: venv system engine ## set everything up and run all checks and tests, as CI does
+test: system venv engine ## set everything up and run all checks and tests, as CI does
 	$(MAKE) --no-print-directory lint
 	$(PYTEST) $(ARGS)
 
