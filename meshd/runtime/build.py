@@ -22,7 +22,7 @@ from meshd.errors import BuildFailed, EngineRejected, NoSpace
 from meshd.kernel.files import write_atomic
 from meshd.runtime.devices import read_memory
 from meshd.runtime.probe import RPC_SERVERS, SERVER, probe
-from meshd.runtime.record import BuildFacts, RuntimeRecord
+from meshd.runtime.record import BuildFacts, RuntimeRecord, cpu_features
 from meshd.runtime.registry import RECORD, Registry
 from meshd.runtime.sources import PINNED, PinnedSource, Source, obtain
 from meshd.runtime.steps import fraction_of, run_step
@@ -60,13 +60,18 @@ class BuildOptions:
 
 
 def cmake_args(options: BuildOptions, commit: str) -> tuple[str, ...]:
-    """Every choice of the build, explicit: nothing is left to what the machine happens to have.
+    """Every choice of the build that a machine could make otherwise, explicit.
 
-    `commit` is what `--version` will say; an unpacked archive has no git to ask.
+    The code is for this machine's processor (`GGML_NATIVE`), so an engine's id has its features in
+    it, and `Registry.find` passes over engines of another one. `commit` is what `--version` will
+    say; an unpacked archive has no git to ask.
     """
     arguments = [
         "-DCMAKE_BUILD_TYPE=Release",
         "-DGGML_RPC=ON",
+        "-DGGML_NATIVE=ON",
+        "-DGGML_OPENMP=ON",
+        "-DGGML_CCACHE=OFF",
         "-DBUILD_SHARED_LIBS=ON",
         "-DLLAMA_BUILD_TESTS=OFF",
         "-DLLAMA_BUILD_EXAMPLES=OFF",
@@ -128,7 +133,7 @@ def build(
 
 
 def _runtime_id(source: Source, options: BuildOptions, tools: Toolchain) -> str:
-    facts = [source.sha256 or source.name, tools.compiler, platform.machine()]
+    facts = [source.sha256 or source.name, tools.compiler, platform.machine(), cpu_features()]
     facts += cmake_args(options, source.commit)
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
     return f"{options.backend}-{source.commit}-{digest}"
@@ -219,6 +224,7 @@ def _publish(
         cmake_args=cmake_args(options, source.commit),
         cmake_cache=_cmake_cache(work / "CMakeCache.txt"),
         compiler=tools.compiler,
+        cpu=cpu_features(),
         built_at=time.time(),
     )
     try:
@@ -235,8 +241,13 @@ def _publish(
         }
     )
     write_atomic(partial / RECORD, record.model_dump_json(indent=1).encode(), mode=0o644)
-    shutil.rmtree(final, ignore_errors=True)
+    # A changed engine of this id makes way by a rename too: a crash here leaves one or the other.
+    old = registry.directory / f".{runtime_id}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        final.rename(old)
     partial.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
     return record
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -42,8 +43,26 @@ class BuildFacts(BaseModel):
     cmake_cache: dict[str, str]
     """The `GGML_*` and `CMAKE_*_ARCHITECTURES` values the build really used."""
     compiler: str
+    cpu: str = ""
+    """`cpu_features()` of the machine it was built on and for; empty if unknown."""
     built_at: float
     """Unix time."""
+
+
+def cpu_features(proc: Path = Path("/proc")) -> str:
+    """Short hash of the instruction sets this processor has; empty where that cannot be told.
+
+    Code built for one set dies with SIGILL on a smaller one, and a cache can be shared by machines.
+    """
+    try:
+        lines = (proc / "cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return hashlib.sha256(" ".join(sorted(value.split())).encode()).hexdigest()[:8]
+    return ""
 
 
 class RuntimeRecord(BaseModel):

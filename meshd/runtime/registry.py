@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from meshd.errors import EngineMissing, EngineRejected, NotFound
 from meshd.kernel.files import write_atomic
 from meshd.runtime.probe import SERVER, engine_files, probe, sha256_of
-from meshd.runtime.record import RuntimeRecord
+from meshd.runtime.record import RuntimeRecord, cpu_features
 
 RECORD = "record.json"
 REMEMBERED_LIMIT = 16
@@ -101,7 +101,8 @@ class Registry:
 
         1. the one in `runtime_dir`, if that is given: it or nothing;
         2. the one chosen with `meshd runtime use`;
-        3. the newest one built here whose files are unchanged;
+        3. the newest one built here, for this processor, whose files are unchanged; one that sees
+           no device it was built for only if there is no other;
         4. a llama-server on PATH, after a probe.
 
         Raises EngineMissing saying how to get one, or EngineRejected for 1.
@@ -119,8 +120,10 @@ class Registry:
                 return record
         if chosen is not None:
             log.warning("engine %s, chosen with `meshd runtime use`, is gone or changed", chosen)
-        if built:  # 3
-            return built[0]
+        cpu = cpu_features()
+        fitting = [r for r in built if r.build is None or r.build.cpu in ("", cpu)]
+        if fitting:  # 3
+            return next((r for r in fitting if r.to_view().proof.passed), fitting[0])
         on_path = shutil.which(SERVER)
         tried = ""
         if on_path is not None:  # 4

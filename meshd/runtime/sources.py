@@ -177,7 +177,8 @@ def _fetch(pinned: PinnedSource, sources_dir: Path) -> Path:
 def _unpack(archive: Path, digest: str, inner: str, sources_dir: Path) -> Path:
     """Unpack what lies below `inner`; an interrupted unpacking leaves nothing that counts."""
     target = sources_dir / f"tree-{digest[:16]}"
-    if (target / MARKER).is_file():
+    seal = sources_dir / f"tree-{digest[:16]}.sha256"
+    if seal.is_file() and (target / MARKER).is_file() and seal.read_text() == tree_sha256(target):
         return target
     temporary = Path(tempfile.mkdtemp(dir=sources_dir, prefix=_SCRATCH))
     try:
@@ -189,8 +190,11 @@ def _unpack(archive: Path, digest: str, inner: str, sources_dir: Path) -> Path:
                     tar.extract(member.replace(name=kept, deep=False), temporary, filter="data")
         if not (temporary / MARKER).is_file():
             raise SourceRejected(f"{archive} has no {MARKER} where it should be")
+        seal.unlink(missing_ok=True)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
+        # Written last: a tree somebody edits later must not pass for the archive's.
+        seal.write_text(tree_sha256(target))
     except _UNREADABLE as error:
         raise SourceRejected(f"{archive} cannot be unpacked: {error}") from None
     except OSError as error:

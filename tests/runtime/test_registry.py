@@ -11,7 +11,7 @@ import pytest
 
 from meshd.errors import EngineMissing, EngineRejected, NotFound
 from meshd.runtime.probe import probe
-from meshd.runtime.record import BuildFacts, RuntimeRecord
+from meshd.runtime.record import BuildFacts, RuntimeRecord, cpu_features
 from meshd.runtime.registry import RECORD, REMEMBERED_LIMIT, Registry
 from tests.runtime.fake_engine import make_engine, questions
 
@@ -32,14 +32,21 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
     return Registry(tmp_path / "cache")
 
 
-def built(registry: Registry, runtime_id: str, *, at: float) -> RuntimeRecord:
+def built(registry: Registry, runtime_id: str, *, at: float, cpu: str = "") -> RuntimeRecord:
     """An engine as `build` leaves one."""
     directory = make_engine(registry.directory / runtime_id)
-    record = probe(directory, runtime_id=runtime_id, build=FACTS, rpc_protocol="7.0.0")
+    facts = FACTS.model_copy(update={"cpu": cpu})
+    record = probe(directory, runtime_id=runtime_id, build=facts, rpc_protocol="7.0.0")
     record = record.model_copy(update={"probed_at": at})
     (directory / RECORD).write_text(record.model_dump_json())
     (directory / "asked").unlink()
     return record
+
+
+def test_3_an_engine_for_another_processor_is_passed_over(registry: Registry) -> None:
+    built(registry, "cpu-here", at=1.0, cpu=cpu_features())
+    built(registry, "cpu-elsewhere", at=2.0, cpu="0" * 8)
+    assert registry.find(None).id == "cpu-here"
 
 
 def test_nothing_there_says_how_to_get_one(registry: Registry) -> None:

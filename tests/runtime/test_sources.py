@@ -32,7 +32,8 @@ def sources(tmp_path: Path) -> Path:
 
 
 def names(sources: Path) -> list[str]:
-    return sorted(p.name for p in sources.iterdir() if p.name != ".lock")
+    """What is there, but for the lock and the seals of unpacked trees."""
+    return sorted(p.name for p in sources.iterdir() if p.suffix != ".sha256" and p.name != ".lock")
 
 
 def test_the_pin_is_whole() -> None:
@@ -49,6 +50,16 @@ def test_fetched_by_pip_checked_and_unpacked(index: Path, sources: Path) -> None
     # The tree of llama.cpp alone, without what no build reads.
     assert files == {"CMakeLists.txt", MARKER.as_posix(), "lib.cpp", "server.cpp", "tool.cpp"}
     assert names(sources) == ["toy-engine-1.0.tar.gz", f"tree-{pinned.sha256[:16]}"]
+
+
+def test_an_edited_tree_is_unpacked_again(index: Path, sources: Path) -> None:
+    pinned = toy_package(index)
+    source = obtain(None, sources, pinned)
+    edited = source.directory / "server.cpp"
+    original = edited.read_bytes()
+    edited.write_bytes(original + b"// mine\n")
+    assert obtain(None, sources, pinned) == source
+    assert edited.read_bytes() == original
 
 
 def test_fetched_once(index: Path, sources: Path) -> None:
