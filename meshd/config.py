@@ -86,6 +86,21 @@ class EngineSettings(Section):
     """Size at which an engine's log file is rotated; three old ones are kept."""
 
 
+class PeerSettings(Section):
+    """[peers]: the side that faces other nodes."""
+
+    preset: Literal["lan", "wan"] = "lan"
+    """Timing of failure detection. `lan` notices a killed node in under 1.5 s and a silent one in
+    under 4 s; `wan` allows for longer and less even round trips and takes about five times that."""
+    dial_timeout_s: Annotated[float, Field(gt=0, le=60)] = 4.0
+    """From a connection attempt to a node's answer to our hello."""
+    max_links: int = Field(64, ge=4, le=1024)
+    """Control links kept open; above that the least recently used one is closed. Each costs a file
+    descriptor and some 100 KiB at both ends."""
+    max_streams: int = Field(512, ge=8, le=16_384)
+    """Streams (relayed requests) that other nodes may have open here at once."""
+
+
 class Config(Section):
     """The effective configuration. Top-level names are those of the flags of `meshd run`."""
 
@@ -94,8 +109,20 @@ class Config(Section):
     listen: Address = "127.0.0.1:9337"
     """API address. An address other than loopback is refused without an API key."""
     peer_listen: Address = "0.0.0.0:9338"
-    mesh: str = "default"
+    """Where other nodes reach this one: everything between nodes, encrypted and authenticated."""
+    advertise: tuple[Address, ...] = ()
+    """Addresses other nodes are told to use, HOST:PORT; default: those of this machine's network
+    interfaces. Needed behind NAT."""
+    mesh: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] = (
+        "default"
+    )
+    """Name of the mesh this node founds if it belongs to none and joins none."""
+    join: tuple[str, ...] = ()
+    """Invite tokens, the name of a mesh, or HOST:PORT of members of the mesh this node is in."""
+    client: bool = False
+    """Use the mesh and host nothing: no engine, no capacity in the advert."""
     mdns: bool = True
+    """Look for members on the LAN, and let them find this node."""
     model: tuple[str, ...] = ()
     """REFs to load at start."""
     api_key: str | None = Field(None, min_length=8, repr=False)
@@ -111,10 +138,20 @@ class Config(Section):
     """How long a stop waits for requests in flight."""
     api: ApiSettings = ApiSettings()
     engine: EngineSettings = EngineSettings()
+    peers: PeerSettings = PeerSettings()
 
     @property
     def listen_address(self) -> tuple[str, int]:
         return split_address(self.listen)
+
+    @property
+    def peer_listen_address(self) -> tuple[str, int]:
+        return split_address(self.peer_listen)
+
+    @property
+    def mesh_dir(self) -> Path:
+        """Membership: certificates, invites, deny list, remembered addresses."""
+        return self.data_dir / "mesh"
 
     @property
     def run_dir(self) -> Path:

@@ -160,6 +160,56 @@ class ToolMissing(BuildFailed):
     code = "tool_missing"
 
 
+# -- meshes ---------------------------------------------------------------------------------------
+
+
+class BadInvite(MeshdError):
+    """A token that is none, is cut off, or is of another kind; a bad value of a flag, hence 78."""
+
+    code, status, exit_code = "bad_invite", 400, 78
+
+
+class JoinRefused(MeshdError):
+    """A mesh will not admit this node and trying again would not help; the message says why."""
+
+    code, status = "join_refused", 403
+
+
+class PeerRefused(MeshdError):
+    """A node will not talk to this one (version, mesh, deny list, copied identity). `reason` is
+    its name on the wire."""
+
+    code, status = "peer_refused", 403
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message, detail={"reason": reason})
+        self.reason = reason
+
+
+class PeerUnreachable(MeshdError):
+    """No connection to another node, in time or at all."""
+
+    code, status, retryable = "peer_unreachable", 502, True
+
+
+class ProtocolError(MeshdError):
+    """A peer sent what the protocol does not allow; its connection ends."""
+
+    code, status = "protocol_error", 400
+
+
+class NotIssuer(MeshdError):
+    """Only a node that holds the mesh's key can do this; the message names one."""
+
+    code, status = "not_issuer", 409
+
+
+class NoMesh(MeshdError):
+    """This node belongs to no mesh."""
+
+    code, status = "no_mesh", 409
+
+
 # -- the daemon itself ----------------------------------------------------------------------------
 
 

@@ -5,6 +5,13 @@ from typing import NewType
 NodeId = NewType("NodeId", str)
 """base32 (lower case, unpadded) of a node's Ed25519 public key: 52 characters."""
 
+MeshId = NewType("MeshId", str)
+"""32 hexadecimal digits, drawn when a mesh is founded."""
+
+BootId = NewType("BootId", str)
+"""One run of one node: 16 hexadecimal digits, drawn at each start. Two live processes with one
+NodeId and different BootIds are a copied data directory."""
+
 ModelId = NewType("ModelId", str)
 """What a client puts into `model`: `builtin`, a catalog name, or the stem of a local file."""
 

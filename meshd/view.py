@@ -7,11 +7,11 @@ event to its owner. Sizes are bytes, times are seconds, `*_at` in a view is Unix
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
 
-from meshd.ids import InstanceId, ModelId, NodeId
+from meshd.ids import InstanceId, MeshId, ModelId, NodeId
 
 
 class NodeState(StrEnum):
@@ -33,6 +33,32 @@ class ModelState(StrEnum):
     FAILED = "failed"
 
 
+class PeerState(StrEnum):
+    """What membership says of another node."""
+
+    ALIVE = "alive"
+    SUSPECT = "suspect"
+    DEAD = "dead"
+    LEFT = "left"
+
+
+class MeshState(StrEnum):
+    """Where this node stands with its mesh."""
+
+    NONE = "none"
+    """It belongs to none: not asked to join yet, or it left."""
+    JOINING = "joining"
+    MEMBER = "member"
+    REFUSED = "refused"
+    """The mesh will not have it; `reason` says why. It serves what it has alone."""
+
+
+class Role(StrEnum):
+    MEMBER = "member"
+    CLIENT = "client"
+    """Uses the mesh, hosts nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """One engine that can be sent a request for a model now."""
@@ -42,10 +68,14 @@ class Target:
     """Name of the node, for `x-meshd-node`."""
     instance: InstanceId
     socket_path: str
-    """Unix socket of the engine."""
+    """Unix socket of the engine; empty if it is another node's."""
     slots: int
     """How many requests the engine works on at once."""
     local: bool = True
+    node_id: NodeId | None = None
+    """Of the node whose engine it is; None for this one's."""
+    slots_free: int | None = None
+    """As that node last reported; None for a local engine, whose requests are all our own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,11 +177,188 @@ class NodeView:
 
 
 @dataclass(frozen=True, slots=True)
+class MeshView:
+    id: MeshId | None = None
+    name: str = ""
+    state: MeshState = MeshState.NONE
+    reason: str | None = None
+    """Why it is not `member`, in words that say what to do."""
+    issuer: bool = False
+    """Whether this node holds the mesh's key and can invite."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerModel:
+    """A model as another node's signed advert tells it; `slots_free` is newer than the advert."""
+
+    id: ModelId
+    ref: str
+    state: ModelState
+    digest: str | None = None
+    reason: str | None = None
+    progress: float | None = None
+    context_length: int | None = None
+    capabilities: tuple[str, ...] = ()
+    created_at: int = 0
+    bytes_on_disk: int = 0
+    instance: InstanceId | None = None
+    """Set while its engine can be sent requests."""
+    epoch: int = 0
+    slots: int = 0
+    slots_free: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PeerView:
+    id: NodeId
+    name: str
+    state: PeerState
+    role: Role = Role.MEMBER
+    address: str | None = None
+    """HOST:PORT it is reached at, or would be dialled at first."""
+    rtt_s: float | None = None
+    """Smoothed round trip of a control message; None before the first."""
+    version: str = ""
+    draining: bool = False
+    devices: tuple[DeviceView, ...] = ()
+    models: tuple[PeerModel, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class View:
-    """A node's current picture. Today it is of one node; peers join it later."""
+    """A node's current picture of itself and, as far as it knows them, of all others.
+
+    Published whole; `with_local` and `with_peers` keep `models`, the union, in step.
+    """
 
     node: NodeView
     runtime: RuntimeView | None = None
     devices: tuple[DeviceView, ...] = ()
     models: Mapping[ModelId, ModelView] = field(default_factory=lambda: MappingProxyType({}))
+    """Every model the mesh serves or could, as clients see it."""
     cache: CacheView | None = None
+    mesh: MeshView = MeshView()
+    local: Mapping[ModelId, ModelView] = field(default_factory=lambda: MappingProxyType({}))
+    """The part of `models` that is this node's own."""
+    peers: tuple[PeerView, ...] = ()
+    """All other nodes, tombstones included, by name."""
+
+
+def with_local(view: View, local: Mapping[ModelId, ModelView]) -> View:
+    """`view` with other models of this node."""
+    return replace(view, local=local, models=union(local, view.peers))
+
+
+def with_peers(view: View, peers: tuple[PeerView, ...]) -> View:
+    """`view` with another picture of the other nodes."""
+    return replace(view, peers=peers, models=union(view.local, peers))
+
+
+_RANK = {
+    state: rank
+    for rank, state in enumerate(
+        (
+            ModelState.READY,
+            ModelState.LOADING,
+            ModelState.VERIFYING,
+            ModelState.FETCHING,
+            ModelState.WAITING,
+            ModelState.DRAINING,
+            ModelState.FAILED,
+            ModelState.ABSENT,
+        )
+    )
+}
+"""Of two nodes' states of one model, what a client is told: the most hopeful one."""
+
+
+def union(
+    local: Mapping[ModelId, ModelView], peers: tuple[PeerView, ...]
+) -> Mapping[ModelId, ModelView]:
+    """Every model by name, with the hosts and targets of all nodes that can be reached.
+
+    1. Of nodes that are dead or left nothing counts; a draining node's engines take no requests.
+    2. One name is one digest: this node's, else that of the first peer by id. Weights that differ
+       are left out of it: a request must not be answered by another model than it named.
+    3. Engines of suspects are targets only of models that nobody else serves.
+    4. The state is the most hopeful one of all nodes; words and progress are that node's.
+    """
+    if not peers:
+        return local
+    models = dict(local)
+    reachable = [p for p in peers if p.state in (PeerState.ALIVE, PeerState.SUSPECT)]  # 1
+    for peer in sorted(reachable, key=lambda p: p.id):
+        for theirs in peer.models:
+            ours = models.get(theirs.id)
+            if ours is None:
+                models[theirs.id] = _as_model(peer, theirs)
+            elif ours.digest is None or theirs.digest in (None, ours.digest):  # 2
+                models[theirs.id] = _joined(ours, _as_model(peer, theirs))
+    suspects = {p.id for p in reachable if p.state is PeerState.SUSPECT}
+    if suspects:
+        for name, model in models.items():  # 3
+            sure = tuple(t for t in model.targets if t.node_id not in suspects)
+            if sure and len(sure) < len(model.targets):
+                models[name] = replace(model, targets=sure)
+    return MappingProxyType(dict(sorted(models.items())))
+
+
+def _joined(first: ModelView, second: ModelView) -> ModelView:
+    best = second if _RANK[second.state] < _RANK[first.state] else first  # 4
+    return replace(
+        best,
+        ref=first.ref,
+        digest=first.digest or second.digest,
+        context_length=best.context_length,
+        capabilities=best.capabilities or first.capabilities,
+        created_at=first.created_at or second.created_at,
+        hosts=first.hosts + second.hosts,
+        targets=first.targets + second.targets,
+    )
+
+
+def _as_model(peer: PeerView, theirs: PeerModel) -> ModelView:
+    targets: tuple[Target, ...] = ()
+    if theirs.instance is not None and not peer.draining:
+        targets = (
+            Target(
+                model=theirs.id,
+                node=peer.name,
+                instance=theirs.instance,
+                socket_path="",
+                slots=theirs.slots,
+                local=False,
+                node_id=peer.id,
+                slots_free=theirs.slots_free,
+            ),
+        )
+    hosts: tuple[HostView, ...] = ()
+    if theirs.state is not ModelState.ABSENT:
+        hosts = (
+            HostView(
+                node=peer.name,
+                node_id=peer.id,
+                epoch=theirs.epoch,
+                state=ModelState.DRAINING if peer.draining else theirs.state,
+                context_length=theirs.context_length,
+                slots=theirs.slots,
+                slots_free=theirs.slots_free,
+                bytes_on_disk=theirs.bytes_on_disk,
+            ),
+        )
+    state = theirs.state
+    if state is ModelState.READY and not targets:
+        state = ModelState.DRAINING
+    return ModelView(
+        id=theirs.id,
+        ref=theirs.ref,
+        state=state,
+        reason=theirs.reason,
+        progress=theirs.progress,
+        digest=theirs.digest,
+        context_length=theirs.context_length,
+        capabilities=theirs.capabilities,
+        created_at=theirs.created_at,
+        hosts=hosts,
+        targets=targets,
+    )

@@ -44,7 +44,7 @@ from meshd.runtime.hosting import (
 from meshd.runtime.launch import LaunchSpec
 from meshd.runtime.record import RuntimeRecord
 from meshd.runtime.supervisor import EnginePlaces, EngineReport, EngineSupervisor
-from meshd.view import HostView, ModelState, ModelView, Target, View
+from meshd.view import HostView, ModelState, ModelView, Target, View, with_local
 
 log = logging.getLogger(__name__)
 
@@ -232,7 +232,7 @@ class ModelHost(Service):
                 reason = f"not loaded; `meshd load {ref}` loads it"
                 models[model] = ModelView(model, ref, ModelState.ABSENT, reason)
         ordered = MappingProxyType(dict(sorted(models.items())))
-        self._board.publish(replace(self._board.current, models=ordered))
+        self._board.publish(with_local(self._board.current, ordered))
 
     def _model_view(self, entry: Entry) -> ModelView:
         facts, now = entry.facts, self._clock.now()
