@@ -26,6 +26,8 @@ class FrameChannel(asyncio.Protocol):
         self.alpn: str | None = None
         self.certificate: bytes | None = None
         """DER of the other side's certificate; None if it showed none."""
+        self.origin = ""
+        """HOST:PORT of the other side, for logs."""
         self.closed = asyncio.Event()
         self._reader = FrameReader(limit)
         self._frames: deque[bytes] = deque()
@@ -36,6 +38,9 @@ class FrameChannel(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
+        peer = transport.get_extra_info("peername")
+        if isinstance(peer, tuple) and len(peer) >= 2:
+            self.origin = f"[{peer[0]}]:{peer[1]}" if ":" in peer[0] else f"{peer[0]}:{peer[1]}"
         tls: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
         if tls is not None:
             self.alpn = tls.selected_alpn_protocol()
