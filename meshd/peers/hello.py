@@ -1,8 +1,8 @@
 """The first frame each side sends on a control link, and what makes either side hang up. Pure.
 
-Both sides send a hello at once and judge the other's; whoever objects sends a `refused` frame with
-its reason and words, and closes. The words name both nodes and say which side to change, so that
-they are right in either log.
+The dialler sends its hello first, the listener answers with its own, and each judges the other's;
+whoever objects sends a `refused` frame with its reason and words, and closes. The words name both
+nodes and say which side to change, so that they are right in either log.
 
 A hello of purpose `doctor` is somebody looking, not a link: the receiver answers with its own
 hello, then pings with pongs, and never counts the connection as the node's link.
@@ -119,8 +119,12 @@ def judge(ours: Hello, theirs: Hello) -> PeerRefused | None:
     if common_version(ours.protocol, theirs.protocol) is None:  # 2
         return PeerRefused(
             skew_message(
-                (ours.name, ours.version, ours.protocol),
-                (theirs.name, theirs.version, theirs.protocol),
+                ours.protocol,
+                theirs.protocol,
+                our_name=ours.name,
+                our_build=ours.version,
+                their_name=theirs.name,
+                their_build=theirs.version,
             ),
             reason="version_skew",
         )
