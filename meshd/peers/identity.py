@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 KEY_FILE = "node.key"
+PUBLIC_KEY_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
     node_id: NodeId
     key: Ed25519PrivateKey = field(repr=False)
+    key_path: Path
+    """Where the key is kept, PEM: the TLS library reads it from there itself."""
 
 
 def load_or_create(directory: Path) -> Identity:
@@ -47,10 +50,10 @@ def load_or_create(directory: Path) -> Identity:
             serialization.NoEncryption(),
         )
         write_atomic(path, pem)
-        return Identity(node_id(key), key)
+        return Identity(node_id(key), key, path)
     except OSError as error:
         raise BadConfig(f"the node's key {path} cannot be read: {error.strerror}") from None
-    _tighten(path)
+    tighten(path)
     try:
         loaded = serialization.load_pem_private_key(pem, password=None)
     except (ValueError, TypeError):
@@ -60,7 +63,7 @@ def load_or_create(directory: Path) -> Identity:
             f"{path} is not an Ed25519 key in PEM form; restore it from a backup, or move it away "
             "and start again: this node is then a new one"
         )
-    return Identity(node_id(loaded), loaded)
+    return Identity(node_id(loaded), loaded, path)
 
 
 def node_id(key: Ed25519PrivateKey) -> NodeId:
@@ -68,10 +71,31 @@ def node_id(key: Ed25519PrivateKey) -> NodeId:
     from cryptography.hazmat.primitives import serialization
 
     raw = key.public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
-    return NodeId(base64.b32encode(raw).decode().rstrip("=").lower())
+    return node_id_of(raw)
 
 
-def _tighten(path: Path) -> None:
+def node_id_of(public_key: bytes) -> NodeId:
+    """The id of the node with this raw Ed25519 public key."""
+    return NodeId(base64.b32encode(public_key).decode().rstrip("=").lower())
+
+
+def public_key_of(node: str) -> bytes:
+    """The raw public key that a node id is. Raises ValueError for what is no id.
+
+    One key has one id: other spellings of the same bytes (upper case, unused bits of the last
+    letter) would let a revoked node come back under a name that is not on the list.
+    """
+    try:
+        raw = base64.b32decode(node.upper() + "=" * (-len(node) % 8))
+    except ValueError:
+        raw = b""
+    if len(raw) != PUBLIC_KEY_BYTES or node_id_of(raw) != node:
+        raise ValueError("not a node id")
+    return raw
+
+
+def tighten(path: Path) -> None:
+    """Close a file with a secret to others, and say so if it was open."""
     mode = path.stat().st_mode & 0o777
     if mode & 0o077:
         log.warning("%s was open to others (mode %o); it is 0600 now", path, mode)
