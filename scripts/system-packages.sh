@@ -3,8 +3,9 @@
 # As root on Debian or Ubuntu: installs what is missing. Otherwise: names it, and fails only for
 # what nothing works without (a C++ compiler).
 set -euo pipefail
+PATH="$PATH:/usr/sbin:/sbin" # where ip and nft are, which the tests of meshes make networks with
 
-declare -A package_of=([g++]=g++ [make]=make [git]=git)
+declare -A package_of=([g++]=g++ [make]=make [git]=git [ip]=iproute2 [nft]=nftables)
 required=(g++ make)
 
 missing=()
