@@ -54,6 +54,18 @@ class Dead:
 
 Update: TypeAlias = Alive | Suspect | Dead
 
+
+def encoded_size(update: Update) -> int:
+    """About how many bytes it takes in a frame, keys and quotes included; what budgets count in."""
+    match update:
+        case Alive():
+            addresses = sum(len(address) + 3 for address in update.addresses)
+            signature = 4 * len(update.signature) // 3
+            return len(update.node) + addresses + signature + 64
+        case Suspect() | Dead():
+            return len(update.node) + len(update.by) + 48
+
+
 # -- messages -------------------------------------------------------------------------------------
 
 
@@ -97,8 +109,8 @@ class Gossip:
 
 @dataclass(frozen=True, slots=True)
 class Digest:
-    """Anti-entropy: one 64-bit hash per bucket of node ids over (node, incarnation, version,
-    state). `answer`: whether buckets that differ should be sent back as Sync."""
+    """Anti-entropy: one 64-bit hash per bucket of node ids over (node, incarnation, version) of
+    the members that live. `answer`: whether buckets that differ should be sent back as Sync."""
 
     buckets: tuple[int, ...]
     answer: bool
@@ -106,7 +118,10 @@ class Digest:
 
 @dataclass(frozen=True, slots=True)
 class Sync:
-    """Everything the sender knows in the buckets named; several if it does not fit into one."""
+    """Everything the sender knows in the buckets named; several if it does not fit into one.
+
+    A Dead in it is a lead and not news: the receiver probes a node that it holds alive.
+    """
 
     buckets: tuple[int, ...]
     updates: tuple[Update, ...]
@@ -225,4 +240,12 @@ class RoundTrip:
     seconds: float
 
 
-Effect: TypeAlias = Send | StateSelf | MemberChanged | AdvertNewer | RoundTrip
+@dataclass(frozen=True, slots=True)
+class SelfImpersonated:
+    """Somebody holds our key: `statement` is newer than all we said, and we did not make it. It
+    is being refuted; the shell finds out whether the data directory was copied."""
+
+    statement: Alive
+
+
+Effect: TypeAlias = Send | StateSelf | MemberChanged | AdvertNewer | RoundTrip | SelfImpersonated
