@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Final
 
+import orjson
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from meshd.ids import InstanceId, ModelId, NodeId
@@ -20,6 +21,8 @@ MAX_NODES: Final = 4096
 bounds a mistake rather than an attack."""
 MAX_MODELS: Final = 256
 MAX_DEVICES: Final = 64
+MAX_BODY_BYTES: Final = 40 * 1024
+"""Of an advert's JSON; signed and in base64 it must fit into one envelope of 64 KiB."""
 MAX_PROGRESS_STEPS: Final = 10
 """Progress travels in tenths: an advert a per cent would flood the mesh while a model loads."""
 
@@ -120,7 +123,11 @@ def describe(view: View, name: str, role: Role) -> dict[str, Any]:
         }
         for device in view.devices[:MAX_DEVICES]
     ]
-    body["models"] = [_model(view, name) for name in list(view.local)[:MAX_MODELS]]
+    # Models that are served come first: they are the last to be left out.
+    models = sorted((_model(view, name) for name in view.local), key=lambda m: not m["instance"])
+    body["models"] = models[:MAX_MODELS]
+    while len(orjson.dumps(body)) > MAX_BODY_BYTES and body["models"]:
+        body["models"] = body["models"][: len(body["models"]) // 2]
     return body
 
 

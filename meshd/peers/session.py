@@ -1,0 +1,465 @@
+"""A membership in action: gossip, links, adverts and the deny list of one mesh, put together.
+
+Frames come in from links, statements in them are checked, and what is left goes to the membership
+machine as events; its orders go out as frames. What is known of the others is published as
+`PeerView`s: at once when requests must go elsewhere, at most five times a second otherwise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, assert_never
+
+from meshd import __version__
+from meshd.config import Config
+from meshd.errors import PeerRefused, PeerUnreachable
+from meshd.ids import BootId, InstanceId, NodeId
+from meshd.kernel import Board, Clock, Driver, FlightRecorder
+from meshd.peers import gossip
+from meshd.peers.channel import FrameChannel
+from meshd.peers.connector import Connector
+from meshd.peers.credentials import PeerCertificate, authenticate
+from meshd.peers.frames import RAW_OPEN_LIMIT
+from meshd.peers.gossip import Alive, Message
+from meshd.peers.handshake import statement_to_hello
+from meshd.peers.hello import Hello, Purpose, make_hello, refusal
+from meshd.peers.linking import Linking, Spawn
+from meshd.peers.links import ControlLink
+from meshd.peers.picture import Standing, picture
+from meshd.peers.protocol import ALPN_RAW
+from meshd.peers.signing import alive_is_genuine
+from meshd.peers.streams import OPEN_TIMEOUT_S, Open, Streams, begin
+from meshd.peers.swim import Swim
+from meshd.peers.telling import Telling
+from meshd.peers.timing import LAN, WAN
+from meshd.peers.trust import Trust
+from meshd.peers.wire import message_from_wire, message_to_wire
+from meshd.view import (
+    MeshState,
+    MeshView,
+    NodeState,
+    PeerState,
+    PeerView,
+    Role,
+    Target,
+    View,
+    with_peers,
+)
+
+log = logging.getLogger(__name__)
+
+QUIET_PUBLISH_S: Final = 0.2
+"""Least time between two views that differ in nothing requests depend on."""
+TICK_S: Final = 0.25
+SWEEP_S: Final = 1.0
+RTT_WEIGHT: Final = 0.2
+"""Of a new round trip in the smoothed one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a session gets from the node around it."""
+
+    config: Config
+    board: Board[View]
+    clock: Clock
+    rng: random.Random
+    recorder: FlightRecorder
+    spawn: Spawn
+    inflight: Callable[[InstanceId], int]
+    serve_api: Callable[[str], asyncio.Protocol]
+    """A protocol that serves an authenticated peer, by its name, from this node's engines."""
+    addresses: Callable[[], tuple[str, ...]]
+    """Where other nodes are told to reach this one."""
+
+
+class Session:
+    """Lives from a membership's start to `close`. Implements `linking.Listener`."""
+
+    def __init__(self, trust: Trust, role: Role, starts: int, needs: Needs) -> None:
+        self.trust = trust
+        self.own = trust.identity.node_id
+        self.role = role
+        self.peer_bytes = [0, 0]
+        """Received and sent on links that are gone."""
+        self._needs = needs
+        self._boot = BootId(f"{needs.rng.getrandbits(64):016x}")
+        self._statement = self._signed(starts << 20, starts << 20)
+        self._rtts_s: dict[NodeId, float] = {}
+        self._problem: PeerRefused | None = None
+        self._publish_timer: asyncio.TimerHandle | None = None
+        self._look_timer: asyncio.TimerHandle | None = None
+        self._standings: dict[NodeId, Standing] = {}
+        self._names: dict[NodeId, str] = {}
+        self._leaving = False
+        self._closed = False
+        self._connector = Connector(trust.client_context, self.authenticate)
+        self.streams = Streams(needs.config.peers.max_streams)
+        self.streams.offer({"api": self._serve_api})
+        self.linking = Linking(
+            self.own,
+            self._connector,
+            self,
+            dial_timeout_s=needs.config.peers.dial_timeout_s,
+            max_links=needs.config.peers.max_links,
+            clock=needs.clock,
+            recorder=needs.recorder,
+            spawn=needs.spawn,
+        )
+        timing = WAN if needs.config.peers.preset == "wan" else LAN
+        self._swim = Swim(self.own, timing, needs.rng)
+        self._driver: Driver[gossip.Event, gossip.Effect] = Driver(
+            "membership", self._swim, self._run, clock=needs.clock, recorder=needs.recorder
+        )
+        self.telling = Telling(
+            self.own,
+            needs.config.name,
+            role,
+            starts << 20,
+            trust,
+            self.linking.links,
+            clock=needs.clock,
+            inflight=needs.inflight,
+            newer=self._advert_is_newer,
+            changed=self._dirty,
+        )
+        self._unsubscribe = needs.board.subscribe(self._view_changed)
+
+    # -- life -------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._driver.post(gossip.SelfStated(self._statement))
+        self._view_changed(self._needs.board.current)
+        self._publish()
+        self._needs.spawn(self._ticks())
+
+    def leave(self) -> None:
+        """Tell the others that this node goes; links stay until `close`."""
+        self._leaving = True
+        self._restate(self._statement.incarnation + 1)
+
+    def close(self) -> None:
+        self._closed = True
+        self._unsubscribe()
+        for timer in (self._publish_timer, self._look_timer):
+            if timer is not None:
+                timer.cancel()
+        self._driver.close()
+        self.linking.close("leaving" if self._leaving else "closing")
+        self.streams.cut()
+
+    async def _ticks(self) -> None:
+        next_sweep_at = 0.0
+        while not self._closed:
+            await asyncio.sleep(TICK_S)
+            now = self._needs.clock.now()
+            self.telling.tell_slots(self._needs.board.current)
+            if now >= next_sweep_at:
+                next_sweep_at = now + SWEEP_S
+                self.streams.prune()
+                self.telling.want_again(self._needs.rng.choice)
+
+    # -- for the node -----------------------------------------------------------------------------
+
+    async def connect(
+        self, target: Target, make_protocol: Callable[[], asyncio.Protocol]
+    ) -> asyncio.Protocol:
+        """A stream to the engine of a remote target. Raises PeerUnreachable, PeerRefused."""
+        node = target.node_id
+        member = self._swim.members.get(node) if node is not None else None
+        if node is None or member is None or not member.addresses:
+            raise PeerUnreachable(f"no address of node {target.node} is known")
+        link = self.linking.links.get(node)
+        address = link.remote.address if link is not None and link.remote.dialled else ""
+        try:
+            async with asyncio.timeout(OPEN_TIMEOUT_S):
+                channel, _ = await self._connector.connect(
+                    address or member.addresses[0], ALPN_RAW, RAW_OPEN_LIMIT, node
+                )
+                try:
+                    return await begin(
+                        channel, Open(service="api", instance=target.instance), make_protocol
+                    )
+                except BaseException:
+                    channel.abort()
+                    raise
+        except TimeoutError:
+            raise PeerUnreachable(
+                f"node {target.node} did not open a stream within {OPEN_TIMEOUT_S:.0f} s"
+            ) from None
+
+    def find(self, name: str) -> NodeId | None:
+        """A member by name, id, or the beginning of its id if that is unique."""
+        if name in self._swim.members or name == self.own:
+            return NodeId(name)
+        named = [node for node, known in self._names.items() if known == name]
+        starting = [n for n in (*self._swim.members, self.own) if len(name) >= 4 and n.startswith(name)]
+        found = named or starting
+        return found[0] if len(found) == 1 else None
+
+    def gossip_bytes(self) -> tuple[int, int]:
+        """(received, sent) on control links since the session began."""
+        links = list(self.linking.links)
+        return (
+            self.peer_bytes[0] + sum(k.bytes_in for k in links),
+            self.peer_bytes[1] + sum(k.bytes_out for k in links),
+        )
+
+    def deny(self, entries: list[Any], *, source: ControlLink | None = None) -> None:
+        """Take entries of the deny list over; spread what is new, and act on it."""
+        fresh = self.trust.merge_denials(entries)
+        if not fresh:
+            return
+        frame = {"t": "deny", "entries": self.trust.denials_to_wire(fresh)}
+        for link in self.linking.links:
+            if link is not source and link.remote.node not in fresh:
+                link.send(frame)
+        for node in fresh:
+            log.warning("node %s is on the deny list", self._names.get(node, node[:8]))
+            self.linking.drop(node)
+            self.streams.cut(node)
+            self.telling.forget(node)
+            self._driver.post(gossip.NodeRevoked(node))
+        self._dirty(True)
+
+    # -- listener's speakers ----------------------------------------------------------------------
+
+    async def serve_control(self, channel: FrameChannel) -> None:
+        await self.linking.serve(channel, self._welcome(channel))
+
+    async def serve_raw(self, channel: FrameChannel) -> None:
+        certificate = self._welcome(channel)
+        await self.streams.serve(channel, certificate.node_id)
+
+    def authenticate(self, certificate: bytes | None) -> PeerCertificate:
+        return authenticate(certificate, self.trust.membership, self.trust.denied)
+
+    def _welcome(self, channel: FrameChannel) -> PeerCertificate:
+        try:
+            return self.authenticate(channel.certificate)
+        except PeerRefused as error:
+            channel.send(refusal(error))
+            raise
+
+    def _serve_api(self, node: NodeId, wanted: Open) -> asyncio.Protocol:
+        if self.role is Role.CLIENT:
+            raise PeerRefused("a client node serves no models", reason="no_service")
+        return self._needs.serve_api(self._names.get(node, node[:8]))
+
+    # -- linking.Listener -------------------------------------------------------------------------
+
+    def own_hello(self, purpose: Purpose) -> Hello:
+        runtime = self._needs.board.current.runtime
+        membership = self.trust.membership
+        return make_hello(
+            node=self.own,
+            name=self._needs.config.name,
+            mesh=membership.mesh_id,
+            boot=self._boot,
+            role=self.role,
+            version=__version__,
+            time=time.time(),
+            purpose=purpose,
+            engine=runtime.build if runtime is not None else None,
+            rpc=runtime.rpc_protocol if runtime is not None else None,
+            statement=statement_to_hello(self._statement) if purpose == "link" else None,
+        )
+
+    def genuine(self, alive: Alive) -> bool:
+        return alive_is_genuine(alive, self.trust.membership.mesh_id)
+
+    def link_came(self, link: ControlLink, statement: Alive) -> None:
+        remote = link.remote
+        log.info("link to %s (%s) at %s", remote.name, remote.node[:8], remote.address)
+        self._problem = None
+        self._driver.post(gossip.NodeMet(statement))
+        self.telling.greet(link)
+        denials = self.trust.denials_to_wire(None)
+        if denials:
+            link.send({"t": "deny", "entries": denials})
+
+    def link_went(self, link: ControlLink, broke: bool) -> None:
+        remote = link.remote
+        self.peer_bytes[0] += link.bytes_in
+        self.peer_bytes[1] += link.bytes_out
+        log.log(
+            logging.INFO if broke else logging.DEBUG,
+            "link to %s %s", remote.name, "broke" if broke else "was closed",
+        )  # fmt: skip
+        if broke and not self._closed:
+            self._driver.post(gossip.LinkLost(remote.node))
+
+    def frame_came(self, link: ControlLink, frame: dict[str, Any]) -> None:
+        message = message_from_wire(frame)
+        if message is not None:
+            self._driver.post(gossip.MessageReceived(link.remote.node, self._checked(message)))
+        elif not self.telling.frame_came(link, frame):
+            match frame.get("t"):
+                case "deny":
+                    self.deny(self.trust.denials_from_wire(frame.get("entries")), source=link)
+                case "renew":
+                    answer = self.trust.renew_for(link.remote.node, frame)
+                    if answer is not None:
+                        link.send(answer)
+                case "renewed":
+                    self._needs.spawn(self.trust.renewed(frame))
+                case "refused":
+                    error = self.trust.refusal_of(frame)
+                    self.refused(error, link.remote.address)
+                case _:
+                    pass  # of a later version; the range in the hello said we can live without
+
+    def dial_refused(self, node: NodeId) -> None:
+        self._driver.post(gossip.DialRefused(node))
+
+    def refused(self, error: PeerRefused, theirs: str) -> None:
+        if self._problem is None or self._problem.message != error.message:
+            log.warning("%s: %s", theirs, error.message)
+        self._problem = error
+        self._dirty(True)
+
+    def believed_alive(self, node: NodeId) -> tuple[str, ...]:
+        member = self._swim.members.get(node)
+        alive = member is not None and member.state is PeerState.ALIVE
+        return member.addresses if member is not None and alive else ()
+
+    # -- orders of the membership machine ---------------------------------------------------------
+
+    def _run(self, effect: gossip.Effect) -> None:
+        match effect:
+            case gossip.Send():
+                member = self._swim.members.get(effect.to)
+                addresses = member.addresses if member is not None else ()
+                self.linking.send(effect.to, message_to_wire(effect.message), addresses)
+            case gossip.StateSelf():
+                self._restate(effect.incarnation)
+            case gossip.MemberChanged():
+                self._member_changed(effect)
+            case gossip.AdvertNewer():
+                self.telling.want(effect.node, effect.version, effect.source)
+            case gossip.RoundTrip():
+                before = self._rtts_s.get(effect.node, effect.seconds)
+                self._rtts_s[effect.node] = before + RTT_WEIGHT * (effect.seconds - before)
+                self._dirty(False)
+            case gossip.SelfImpersonated():
+                log.warning(
+                    "somebody else speaks with this node's key (a copied data directory?); stop "
+                    "one of the two and give it a data directory of its own"
+                )
+            case _:
+                assert_never(effect)
+
+    def _member_changed(self, change: gossip.MemberChanged) -> None:
+        name = self._names.get(change.node, change.node[:8])
+        log.info(
+            "node %s: %s -> %s (%s)",
+            name, change.old or "unknown", change.new or "forgotten", change.why,
+        )  # fmt: skip
+        if change.new is None:
+            self.telling.forget(change.node)
+            self._rtts_s.pop(change.node, None)
+        elif change.new is PeerState.ALIVE and change.old is None:
+            self._needs.spawn(self.trust.has_others())
+        self._dirty(True)
+
+    # -- statements of our own --------------------------------------------------------------------
+
+    def _advert_is_newer(self, version: int) -> None:
+        self._state(self._statement.incarnation, version)
+
+    def _restate(self, incarnation: int) -> None:
+        self._state(max(incarnation, self._statement.incarnation), self.telling.version)
+
+    def addresses_changed(self) -> None:
+        """Where this node is reached has changed: say so as a new statement."""
+        if self._needs.addresses() != self._statement.addresses:
+            self._restate(self._statement.incarnation + 1)
+
+    def _state(self, incarnation: int, version: int) -> None:
+        self._statement = self._signed(incarnation, version)
+        self._driver.post(gossip.SelfStated(self._statement))
+
+    def _signed(self, incarnation: int, version: int) -> Alive:
+        addresses = self._needs.addresses()
+        leaving = getattr(self, "_leaving", False)
+        return self.trust.sign_alive(incarnation, version, addresses, left=leaving)
+
+    def _checked(self, message: Message) -> Message:
+        """`message` without statements that their nodes did not sign, or that are denied."""
+        updates = getattr(message, "updates", ())
+        kept = tuple(u for u in updates if not isinstance(u, Alive) or self._believable(u))
+        if len(kept) == len(updates):
+            return message
+        from dataclasses import replace
+
+        return replace(message, updates=kept)  # type: ignore[type-var]
+
+    def _believable(self, alive: Alive) -> bool:
+        return alive.node not in self.trust.denied and self.genuine(alive)
+
+    # -- views ------------------------------------------------------------------------------------
+
+    def _view_changed(self, view: View) -> None:
+        if self._look_timer is not None or self._closed:
+            return
+        again_s = self.telling.look(view)
+        if again_s is not None:
+            self._look_timer = asyncio.get_running_loop().call_later(again_s, self._look_again)
+
+    def _look_again(self) -> None:
+        self._look_timer = None
+        self._view_changed(self._needs.board.current)
+
+    def _dirty(self, urgent: bool) -> None:
+        if self._closed:
+            return
+        if self._publish_timer is not None:
+            if not urgent:
+                return
+            self._publish_timer.cancel()
+        loop = asyncio.get_running_loop()
+        delay_s = 0.0 if urgent else QUIET_PUBLISH_S
+        self._publish_timer = loop.call_later(delay_s, self._publish)
+
+    def _publish(self) -> None:
+        self._publish_timer = None
+        members = self._swim.members
+        standings = {n: Standing(m.state, m.addresses) for n, m in members.items()}
+        own_name, peers = picture(
+            standings, self.telling.book, self._rtts_s, self.own, self._needs.config.name
+        )
+        self._names = {p.id: p.name for p in peers}
+        self._names[self.own] = own_name
+        publish(self._needs.board, own_name, self._mesh_view(peers), peers)
+
+    def _mesh_view(self, peers: tuple[PeerView, ...]) -> MeshView:
+        membership, problem = self.trust.membership, self._problem
+        alone = not any(p.state is PeerState.ALIVE for p in peers)
+        refused = problem is not None and alone
+        return MeshView(
+            id=membership.mesh_id,
+            name=membership.mesh_name,
+            state=MeshState.REFUSED if refused else MeshState.MEMBER,
+            reason=problem.message if problem is not None and refused else None,
+            issuer=membership.issuer,
+        )
+
+
+def publish(
+    board: Board[View], own_name: str, mesh: MeshView, peers: tuple[PeerView, ...]
+) -> None:
+    """Replace what the view says of mesh, peers and this node's name."""
+    from dataclasses import replace
+
+    view = board.current
+    view = replace(view, mesh=mesh)
+    if view.node.name != own_name:
+        view = replace(view, node=replace(view.node, name=own_name))
+    if view.peers != peers:
+        view = with_peers(view, peers)
+    board.publish(view)
