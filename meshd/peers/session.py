@@ -38,7 +38,7 @@ from meshd.peers.swim import Swim
 from meshd.peers.telling import Telling
 from meshd.peers.timing import LAN, WAN
 from meshd.peers.trust import Trust
-from meshd.peers.wire import message_from_wire, message_to_wire
+from meshd.peers.codec import message_from_wire, message_to_wire
 from meshd.view import (
     MeshState,
     MeshView,

@@ -19,7 +19,7 @@ from meshd.kernel import Clock
 from meshd.peers.adverts import Advert, AdvertBook, describe, slots_from_wire
 from meshd.peers.credentials import SignedAdvert
 from meshd.peers.links import ControlLink, LinkTable
-from meshd.peers.wire import node_id_from_wire
+from meshd.peers.codec import node_id_from_wire
 from meshd.view import Role, View
 
 log = logging.getLogger(__name__)
