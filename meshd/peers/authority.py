@@ -31,7 +31,7 @@ class Authority:
 
     mesh_id: MeshId
     mesh_name: str
-    ca_certificate: bytes
+    ca_certificate: bytes = field(repr=False)
     key: Ed25519PrivateKey = field(repr=False)
 
     def sign(self, csr_pem: bytes, role: Role, now: float) -> bytes:

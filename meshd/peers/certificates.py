@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 import functools
+import hashlib
 import re
 from collections.abc import Container
 from dataclasses import dataclass
@@ -168,6 +169,19 @@ def read_csr(csr_pem: bytes) -> tuple[NodeId, Ed25519PublicKey]:
     if [name.value for name in names] != [node]:
         raise ProtocolError("the certificate request names another node than its key")
     return node, key
+
+
+def ca_fingerprint(ca_certificate: bytes) -> bytes:
+    """sha256 of a CA certificate (DER): what an invite says of the mesh."""
+    return hashlib.sha256(ca_certificate).digest()
+
+
+def ca_public_key(ca_certificate: bytes) -> bytes:
+    """The raw Ed25519 key of a mesh. Raises ProtocolError for a certificate of another kind."""
+    key = raw_public_key(_parse(ca_certificate))
+    if key is None:
+        raise ProtocolError("the certificate of the mesh has no Ed25519 key")
+    return key
 
 
 def raw_public_key(certificate: x509.Certificate) -> bytes | None:
