@@ -246,12 +246,12 @@ class View:
 
 def with_local(view: View, local: Mapping[ModelId, ModelView]) -> View:
     """`view` with other models of this node."""
-    return replace(view, local=local, models=union(local, view.peers))
+    return replace(view, local=local, models=_renewed(view.models, union(local, view.peers)))
 
 
 def with_peers(view: View, peers: tuple[PeerView, ...]) -> View:
     """`view` with another picture of the other nodes."""
-    return replace(view, peers=peers, models=union(view.local, peers))
+    return replace(view, peers=peers, models=_renewed(view.models, union(view.local, peers)))
 
 
 _RANK = {
@@ -277,78 +277,100 @@ def union(
 ) -> Mapping[ModelId, ModelView]:
     """Every model by name, with the hosts and targets of all nodes that can be reached.
 
+    The order of `peers` does not matter: they count in the order of their ids.
+
     1. Of nodes that are dead or left nothing counts; a draining node's engines take no requests.
-    2. One name is one digest: this node's, else that of the first peer by id. Weights that differ
+    2. One name is one digest: this node's, else the first peer's that has one. Weights that differ
        are left out of it: a request must not be answered by another model than it named.
-    3. Engines of suspects are targets only of models that nobody else serves.
-    4. The state is the most hopeful one of all nodes; words and progress are that node's.
+    3. One instance is one node's: this one's, else the first peer's. Whoever names it after that
+       offers no target, so that nobody can pass for another node's engine.
+    4. Engines of suspects are targets only of models that nobody else serves.
+    5. The state is the most hopeful one of all nodes; words and progress are that node's.
     """
-    if not peers:
+    reachable = [p for p in peers if p.state in (PeerState.ALIVE, PeerState.SUSPECT)]  # 1
+    if not reachable:
         return local
     models = dict(local)
-    reachable = [p for p in peers if p.state in (PeerState.ALIVE, PeerState.SUSPECT)]  # 1
+    taken = {t.instance for model in local.values() for t in model.targets}
     for peer in sorted(reachable, key=lambda p: p.id):
         for theirs in peer.models:
             ours = models.get(theirs.id)
-            if ours is None:
-                models[theirs.id] = _as_model(peer, theirs)
-            elif ours.digest is None or theirs.digest in (None, ours.digest):  # 2
-                models[theirs.id] = _joined(ours, _as_model(peer, theirs))
+            if ours is not None and _differ(ours.digest, theirs.digest):  # 2
+                continue
+            target = None if theirs.instance in taken else _target(peer, theirs)  # 3
+            if target is not None:
+                taken.add(target.instance)
+            model = _as_model(peer, theirs, target)
+            models[theirs.id] = model if ours is None else _joined(ours, model)
     suspects = {p.id for p in reachable if p.state is PeerState.SUSPECT}
     if suspects:
-        for name, model in models.items():  # 3
+        for name, model in models.items():  # 4
             sure = tuple(t for t in model.targets if t.node_id not in suspects)
             if sure and len(sure) < len(model.targets):
                 models[name] = replace(model, targets=sure)
     return MappingProxyType(dict(sorted(models.items())))
 
 
+def _renewed(
+    old: Mapping[ModelId, ModelView], new: Mapping[ModelId, ModelView]
+) -> Mapping[ModelId, ModelView]:
+    """`old` itself if nothing changed, so that readers see at a glance that nothing did."""
+    return old if old == new else new
+
+
+def _differ(first: str | None, second: str | None) -> bool:
+    """Whether two digests are known, and not one."""
+    return first is not None and second is not None and first != second
+
+
 def _joined(first: ModelView, second: ModelView) -> ModelView:
-    best = second if _RANK[second.state] < _RANK[first.state] else first  # 4
+    best = second if _RANK[second.state] < _RANK[first.state] else first  # 5
     return replace(
         best,
         ref=first.ref,
         digest=first.digest or second.digest,
-        context_length=best.context_length,
-        capabilities=best.capabilities or first.capabilities,
+        capabilities=best.capabilities or first.capabilities or second.capabilities,
         created_at=first.created_at or second.created_at,
         hosts=first.hosts + second.hosts,
         targets=first.targets + second.targets,
     )
 
 
-def _as_model(peer: PeerView, theirs: PeerModel) -> ModelView:
-    targets: tuple[Target, ...] = ()
-    if theirs.instance is not None and not peer.draining:
-        targets = (
-            Target(
-                model=theirs.id,
-                node=peer.name,
-                instance=theirs.instance,
-                socket_path="",
-                slots=theirs.slots,
-                local=False,
-                node_id=peer.id,
-                slots_free=theirs.slots_free,
-            ),
-        )
+def _target(peer: PeerView, theirs: PeerModel) -> Target | None:
+    """Their engine, if it takes requests; one without slots never would."""
+    if theirs.instance is None or theirs.slots <= 0 or peer.draining:
+        return None
+    return Target(
+        model=theirs.id,
+        node=peer.name,
+        instance=theirs.instance,
+        socket_path="",
+        slots=theirs.slots,
+        local=False,
+        node_id=peer.id,
+        slots_free=theirs.slots_free,
+    )
+
+
+def _as_model(peer: PeerView, theirs: PeerModel, target: Target | None) -> ModelView:
+    """What one peer says of a model, as if it were the only node that has it."""
+    state = theirs.state
+    if state is ModelState.READY and target is None:
+        state = ModelState.DRAINING
     hosts: tuple[HostView, ...] = ()
-    if theirs.state is not ModelState.ABSENT:
+    if state is not ModelState.ABSENT:
         hosts = (
             HostView(
                 node=peer.name,
                 node_id=peer.id,
                 epoch=theirs.epoch,
-                state=ModelState.DRAINING if peer.draining else theirs.state,
+                state=state,
                 context_length=theirs.context_length,
                 slots=theirs.slots,
                 slots_free=theirs.slots_free,
                 bytes_on_disk=theirs.bytes_on_disk,
             ),
         )
-    state = theirs.state
-    if state is ModelState.READY and not targets:
-        state = ModelState.DRAINING
     return ModelView(
         id=theirs.id,
         ref=theirs.ref,
@@ -360,5 +382,5 @@ def _as_model(peer: PeerView, theirs: PeerModel) -> ModelView:
         capabilities=theirs.capabilities,
         created_at=theirs.created_at,
         hosts=hosts,
-        targets=targets,
+        targets=() if target is None else (target,),
     )

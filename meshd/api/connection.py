@@ -8,6 +8,9 @@ connection stays with aiohttp for good. Nothing of aiohttp is touched but by sub
 `RequestHandler` and calling its protocol methods.
 
 Bytes that arrive while a fast exchange is under way wait here, at most 64 KiB before reading stops.
+
+A connection may be another node's (`peer`), which was authenticated before: no key and no names are
+asked for, it counts as no client, and there is nothing for it but the relay.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestHandler
@@ -42,6 +45,8 @@ MAX_REJECTED = 64
 """Refused connections that are given time to read why; further ones are just closed."""
 LINGER_S = 1.0
 """How long the rest of a refused body is read, so that the client sees the answer."""
+PEER_IDLE_S = 90.0
+"""A silent connection of another node is closed after this; longer than nodes keep theirs."""
 NEVER_S = 10_000_000.0
 """aiohttp's own keep-alive timer is out of the way: the sweeper closes idle connections."""
 
@@ -71,11 +76,18 @@ class Connection(RequestHandler):
         "_reader",
         "_slow",
         "origin",
+        "peer",
         "phase",
         "since",
     )
 
-    def __init__(self, front: Front, server: Server, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        front: Front,
+        server: Server,
+        loop: asyncio.AbstractEventLoop,
+        peer: str | None = None,
+    ) -> None:
         super().__init__(
             server,
             loop=loop,
@@ -89,6 +101,8 @@ class Connection(RequestHandler):
         self.phase = Phase.NEW
         self.since = front.relay.clock.now()
         """When the phase began, monotonic."""
+        self.peer = peer
+        """Name of the node at the other end; None: a client."""
         self.origin = ""
         """Whose turn its requests count as."""
         self._front = front
@@ -108,17 +122,22 @@ class Connection(RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         front = self._front
-        if len(front.connections) >= front.settings.max_connections:
+        if self.peer is not None:
+            front.peers.add(self)
+            self.origin = self.peer
+        elif len(front.connections) >= front.settings.max_connections:
             self._reject(transport)
             return
+        else:
+            front.connections.add(self)
+            name = transport.get_extra_info("peername")
+            self.origin = str(name[0]) if isinstance(name, tuple) and name else "local"
         self._known = True
-        front.connections.add(self)
-        peer = transport.get_extra_info("peername")
-        self.origin = str(peer[0]) if isinstance(peer, tuple) and peer else "local"
         super().connection_made(transport)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._front.connections.discard(self)
+        self._front.peers.discard(self)
         self._front.rejected.discard(self)
         self._pending = b""
         self._reader = None
@@ -201,11 +220,13 @@ class Connection(RequestHandler):
         front = self._front
         request_id = front.request_id(reader.request_id)
         self.phase = Phase.BUSY
+        wait_s = 0.0  # another node waits by itself, where it can also go elsewhere
         try:
-            assert reader.host is not None
-            front.access.check_host(reader.host)
-            front.access.check_key(reader.authorization, reader.api_key)
-            wait_s = front.wait_s(reader.wait_s)
+            if self.peer is None:
+                assert reader.host is not None
+                front.access.check_host(reader.host)
+                front.access.check_key(reader.authorization, reader.api_key)
+                wait_s = front.wait_s(reader.wait_s)
         except MeshdError as error:
             self._answer(error_bytes(error, request_id.decode(), keep_alive=True))
             self._enter(Phase.IDLE)
@@ -220,6 +241,7 @@ class Connection(RequestHandler):
             request_id=request_id,
             origin=self.origin,
             wait_s=wait_s,
+            from_peer=self.peer is not None,
         )
         exchange.start()
 
@@ -329,6 +351,7 @@ class Connection(RequestHandler):
 
     def check_late(self, now: float) -> None:
         settings, silent_s = self._front.settings, now - self.since
+        idle_limit_s = settings.idle_timeout_s if self.peer is None else PEER_IDLE_S
         match self.phase:
             case Phase.NEW if silent_s >= settings.head_timeout_s:
                 self.shut()
@@ -336,7 +359,7 @@ class Connection(RequestHandler):
                 self._too_slow("the request head was not complete", settings.head_timeout_s)
             case Phase.BODY if silent_s >= settings.body_timeout_s:
                 self._too_slow("the request body was not complete", settings.body_timeout_s)
-            case Phase.IDLE if silent_s >= settings.idle_timeout_s:
+            case Phase.IDLE if silent_s >= idle_limit_s:
                 self.shut()
             case Phase.REJECTED if silent_s >= REJECTED_LINGER_S:
                 self.shut()
@@ -379,21 +402,3 @@ class Connection(RequestHandler):
     def _enter(self, phase: Phase) -> None:
         self.phase = phase
         self.since = self._front.relay.clock.now()
-
-
-class Relayed(StreamResponse):
-    """What a handler returns for an answer that is already on its way: aiohttp writes nothing."""
-
-    def __init__(self, keep_alive: bool) -> None:
-        super().__init__()
-        self._relayed_keep_alive = keep_alive
-
-    @property
-    def keep_alive(self) -> bool:
-        return self._relayed_keep_alive
-
-    async def prepare(self, request: BaseRequest) -> Any:
-        return None
-
-    async def write_eof(self, data: bytes = b"") -> None:
-        return None

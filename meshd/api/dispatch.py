@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import ClientPayloadError, HttpVersion10, HttpVersion11
 from aiohttp.http_exceptions import HttpProcessingError
@@ -14,7 +14,7 @@ from aiohttp.web_request import BaseRequest
 from aiohttp.web_response import Response, StreamResponse
 
 from meshd.api.access import OPEN_PATHS
-from meshd.api.connection import Connection, Relayed
+from meshd.api.connection import Connection
 from meshd.api.exchange import Exchange
 from meshd.api.front import Front
 from meshd.api.paths import FORWARDED, RELAY_PATHS
@@ -62,8 +62,11 @@ class Dispatch:
         request_id = self.front.request_id(given)
         cors: dict[str, str] = {}
         try:
-            cors = self._cors(request)
-            answer = await self._serve(request, connection, request_id, cors)
+            if connection.peer is not None:
+                answer = await self._serve_peer(request, connection, request_id)
+            else:
+                cors = self._cors(request)
+                answer = await self._serve(request, connection, request_id, cors)
         except MeshdError as error:
             answer = _error(error, request_id.decode())
         finally:
@@ -104,6 +107,14 @@ class Dispatch:
             return await self._relay(request, connection, request_id, cors)
         raise self._no_such(request)
 
+    async def _serve_peer(
+        self, request: BaseRequest, connection: Connection, request_id: bytes
+    ) -> StreamResponse:
+        path = request.path
+        if request.method != "POST" or path.encode("latin-1", "replace") not in RELAY_PATHS:
+            raise NotFound(f"there is nothing at {path[:256]} for other nodes")
+        return await self._relay(request, connection, request_id, {})
+
     async def _relay(
         self,
         request: BaseRequest,
@@ -113,7 +124,8 @@ class Dispatch:
     ) -> StreamResponse:
         front = self.front
         path = request.path.encode("latin-1")
-        wait_s = front.wait_s(_bytes(request, "x-meshd-wait-s"))
+        from_peer = connection.peer is not None
+        wait_s = 0.0 if from_peer else front.wait_s(_bytes(request, "x-meshd-wait-s"))
         self._check_body_headers(request)
         if "expect" in request.headers:
             _expect(request, connection)
@@ -137,6 +149,7 @@ class Dispatch:
             keep_alive=request.keep_alive,
             http10=request.version <= HttpVersion10,
             extra_lines=b"".join(b"%b: %b\r\n" % (k.encode(), v.encode()) for k, v in cors.items()),
+            from_peer=from_peer,
         )
         await connection.run_exchange(exchange)
         return Relayed(exchange.keep_alive)
@@ -201,6 +214,24 @@ class Dispatch:
             "Access-Control-Expose-Headers": EXPOSED,
             "Vary": "Origin",
         }
+
+
+class Relayed(StreamResponse):
+    """What a handler returns for an answer that is already on its way: aiohttp writes nothing."""
+
+    def __init__(self, keep_alive: bool) -> None:
+        super().__init__()
+        self._relayed_keep_alive = keep_alive
+
+    @property
+    def keep_alive(self) -> bool:
+        return self._relayed_keep_alive
+
+    async def prepare(self, request: BaseRequest) -> Any:
+        return None
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        return None
 
 
 class _WrongMethod(MethodNotAllowed):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import orjson
 from aiohttp.web_request import BaseRequest
 from aiohttp.web_response import StreamResponse
 
-from meshd.view import ModelView, View
+from meshd.view import ModelView, PeerView, View
 
 QUEUE_LIMIT = 256
 """Events a subscriber may be behind. Full-policy: it gets one `dropped` event and its stream ends;
@@ -24,32 +24,71 @@ DROPPED: dict[str, Any] = {
 
 
 def changes(old: View, new: View) -> list[dict[str, Any]]:
-    """What happened between two views, oldest view first. Pure."""
+    """What happened between two views, oldest view first. Pure.
+
+    Called at every change of the view; numbers that change all the time (slots, round trips) are
+    no events.
+    """
     found: list[dict[str, Any]] = []
     if new.node.state != old.node.state:
         found.append(
             {"type": "node", "node": new.node.name, "state": new.node.state.value}
             | {"previous": old.node.state.value}
         )
+    if new.mesh.state != old.mesh.state or new.mesh.reason != old.mesh.reason:
+        found.append(
+            {
+                "type": "mesh",
+                "mesh": new.mesh.name,
+                "state": new.mesh.state.value,
+                "previous": old.mesh.state.value,
+                "reason": new.mesh.reason,
+            }
+        )
+    if new.peers is not old.peers:
+        found.extend(_peer_changes(old.peers, new.peers))
+    if new.models is not old.models:
+        found.extend(_model_changes(old, new))
+    return found
+
+
+def _peer_changes(old: tuple[PeerView, ...], new: tuple[PeerView, ...]) -> Iterator[dict[str, Any]]:
+    before = {peer.id: peer for peer in old}
+    for peer in new:
+        last = before.pop(peer.id, None)
+        if last is None or (last.state, last.draining) != (peer.state, peer.draining):
+            yield {
+                "type": "peer",
+                "peer": peer.name,
+                "id": peer.id,
+                "state": peer.state.value,
+                "previous": None if last is None else last.state.value,
+                "draining": peer.draining,
+            }
+    for gone in before.values():
+        yield {
+            "type": "peer_removed",
+            "peer": gone.name,
+            "id": gone.id,
+            "previous": gone.state.value,
+        }
+
+
+def _model_changes(old: View, new: View) -> Iterator[dict[str, Any]]:
     for model_id, model in new.models.items():
         before = old.models.get(model_id)
         if before is None or _told(before) != _told(model):
-            found.append(
-                {
-                    "type": "model",
-                    "model": model_id,
-                    "state": model.state.value,
-                    "previous": None if before is None else before.state.value,
-                    "reason": model.reason,
-                    "progress": model.progress,
-                }
-            )
-    found.extend(
-        {"type": "model_removed", "model": model_id, "previous": model.state.value}
-        for model_id, model in old.models.items()
-        if model_id not in new.models
-    )
-    return found
+            yield {
+                "type": "model",
+                "model": model_id,
+                "state": model.state.value,
+                "previous": None if before is None else before.state.value,
+                "reason": model.reason,
+                "progress": model.progress,
+            }
+    for model_id, model in old.models.items():
+        if model_id not in new.models:
+            yield {"type": "model_removed", "model": model_id, "previous": model.state.value}
 
 
 def _told(model: ModelView) -> tuple[object, ...]:

@@ -8,25 +8,33 @@ DONE. What ends it, and what the client sees:
 
 1. Refused before the engine was asked: the error of refusals.py.
 2. The engine answered: its bytes.
-3. The engine broke before its answer began: one more attempt, on another target if there is one;
-   then 502. A kept connection that turns out to be dead is replaced at once and not counted.
-   The engine may then run a request twice, which for inference costs time and nothing else.
-4. The engine broke in mid-answer: if a stream stands between two events, one more event with the
-   error and a clean end; otherwise the connection is cut, so that nobody takes a part for a whole.
-5. No first byte in time: 504.
+3. An attempt failed before its answer began: another target is tried, twice at most; where there
+   is no other, the same one once. Then 502.
+   a. No connection, or one that ended without an answer or with what is none. A kept connection
+      that turns out to be dead is replaced at once and not counted.
+   b. A 5xx answer (but 501) or 429, while there is another target. The last one's is relayed.
+   c. The node of the target died, or is in doubt while there is another target.
+   Engines may so run a request twice, which for inference costs time and nothing else.
+4. The engine broke in mid-answer, or its node died: if a stream stands between two events, one more
+   event with the error and a clean end; otherwise the connection is cut, so that nobody takes a
+   part for a whole.
+5. No first byte in time, of all attempts together: 504.
 6. The client left: the upstream connection is closed at once, and the engine frees the slot.
+
+The client may be another node (`from_peer`). Then only engines of this one count, and what it does
+not serve is 503 rather than 404: the other node saw it here a moment ago, and tries elsewhere.
 """
 
 from __future__ import annotations
 
 import asyncio
-from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Protocol
-
-import orjson
+from typing import TYPE_CHECKING, Protocol
 
 from meshd.api import refusals
 from meshd.api.admission import Refusal
+from meshd.api.attempts import HEALTHY_REFUSALS, Attempts, State, may_be_better_elsewhere
+from meshd.api.breaker import Fault
+from meshd.api.envelope import read_envelope
 from meshd.api.responses import (
     LAST_CHUNK,
     REASONS,
@@ -37,24 +45,11 @@ from meshd.api.responses import (
 )
 from meshd.api.route import NotReady
 from meshd.api.upstream import DechunkingUpstream, Upstream
-from meshd.errors import InvalidRequest, MeshdError, UpstreamFailed, UpstreamTimeout
-from meshd.ids import InstanceId
+from meshd.errors import MeshdError, UpstreamFailed
 from meshd.view import Target
 
 if TYPE_CHECKING:
     from meshd.api.relay import Relay
-
-MAX_RETRIES = 1
-RETRY_ELSEWHERE = frozenset((502, 503))
-"""Statuses of an engine that another engine may not have."""
-
-
-class State(IntEnum):
-    NEW = 0
-    WAITING = 1
-    SENT = 2
-    RELAYING = 3
-    DONE = 4
 
 
 class Client(Protocol):
@@ -68,33 +63,23 @@ class Client(Protocol):
     def exchange_done(self, exchange: Exchange) -> None: ...
 
 
-class Exchange:
-    """See the module's docstring. Attributes down to `keep_alive` are set by the front."""
+class Exchange(Attempts):
+    """See the module's docstring."""
 
     __slots__ = (
-        "_attempts",
-        "_avoid",
         "_bytes_out",
-        "_due_at",
         "_granted_at",
-        "_retries",
-        "_upstream",
         "arrived_at",
         "body",
         "client",
         "extra_lines",
         "forward",
-        "http10",
         "keep_alive",
-        "model",
         "needs_slot",
         "origin",
         "path",
-        "relay",
         "request_id",
-        "state",
         "stream",
-        "target",
         "wait_s",
     )
 
@@ -113,8 +98,9 @@ class Exchange:
         keep_alive: bool = True,
         http10: bool = False,
         extra_lines: bytes = b"",
+        from_peer: bool = False,
     ) -> None:
-        self.relay = relay
+        super().__init__(relay, http10=http10, from_peer=from_peer)
         self.client = client
         self.path = path
         """Path and query, as sent to the engine."""
@@ -127,20 +113,11 @@ class Exchange:
         self.wait_s = wait_s
         self.keep_alive = keep_alive
         """Whether the client's connection may serve another request after this one."""
-        self.http10 = http10
         self.extra_lines = extra_lines
         """Header lines for the answer (CORS)."""
-        self.state = State.NEW
-        self.model = ""
         self.stream = False
-        self.target: Target | None = None
         self.arrived_at = 0.0
         self._granted_at = 0.0
-        self._due_at = 0.0
-        self._attempts = 0
-        self._retries = 0
-        self._avoid: frozenset[InstanceId] = frozenset()
-        self._upstream: Upstream | None = None
         self._bytes_out = 0
 
     # -- called by the client's connection --------------------------------------------------------
@@ -151,21 +128,24 @@ class Exchange:
         self.arrived_at = relay.clock.now()
         relay.active.add(self)
         try:
-            self._read_envelope()
+            self.model, self.stream = read_envelope(self.body)
         except MeshdError as error:
             self._refuse(error)
             return
         if relay.draining:
             self.keep_alive = False
-            self._refuse(refusals.draining())
+            self._refuse(refusals.shutting_down())
             return
-        outcome = relay.route(self.model)
-        if type(outcome) is Target or (type(outcome) is NotReady and self.wait_s > 0):
-            self.state = State.WAITING
-            relay.admit(self)
-        else:
-            assert not isinstance(outcome, Target)
-            self._refuse(refusals.of_route(self.model, outcome))
+        outcome = self._route()
+        if isinstance(outcome, Target):
+            if outcome.local and relay.withdrawn:
+                self._refuse(refusals.withdrawn())
+                return
+        elif not isinstance(outcome, NotReady) or self.wait_s <= 0:
+            self._refuse(self._unrouted(outcome))
+            return
+        self.state = State.WAITING
+        relay.admit(self)
 
     def client_gone(self) -> None:
         if self.state is State.DONE:
@@ -190,16 +170,20 @@ class Exchange:
         self._granted_at = now = self.relay.clock.now()
         self._due_at = now + self.relay.settings.first_byte_timeout_s
         self.state = State.SENT
-        self._attempt()
+        outcome = self._route()
+        if isinstance(outcome, Target):
+            self._attempt(outcome)
+        else:
+            self._refuse(self._unrouted(outcome))
 
     def refused(self, reason: Refusal) -> None:
         if self.state is State.DONE:
             return
         relay = self.relay
-        outcome = relay.route(self.model)
+        outcome = self._route()
         explained = reason in (Refusal.NOT_READY, Refusal.FAILED, Refusal.GONE)
         if explained and not isinstance(outcome, Target):
-            self._refuse(refusals.of_route(self.model, outcome))
+            self._refuse(self._unrouted(outcome))
         else:
             waited_s = relay.clock.now() - self.arrived_at
             self._refuse(refusals.of_admission(self.model, reason, waited_s))
@@ -208,12 +192,9 @@ class Exchange:
 
     def check_late(self, now: float) -> None:
         if self.state is State.SENT and now >= self._due_at:
-            limit_s = self.relay.settings.first_byte_timeout_s
-            self.fail(
-                UpstreamTimeout(
-                    f"the engine of model `{self.model}` gave no answer within {limit_s:.0f} s"
-                )
-            )
+            error = self._timeout()
+            self._judge(Fault.BROKE, error.message)
+            self.fail(error)
 
     def fail(self, error: MeshdError) -> None:
         """End it now, whatever it is doing, as cleanly as what was sent allows."""
@@ -229,36 +210,26 @@ class Exchange:
 
     # -- called by the upstream connection --------------------------------------------------------
 
-    def connected(self, upstream: Upstream) -> None:
-        if self.state is not State.SENT or upstream.transport is None:
-            if upstream.transport is not None:
-                upstream.transport.close()
-            if self.state is State.SENT:
-                self._attempt_failed("the engine closed the connection at once")
-            return
-        self._send(upstream)
-
-    def connect_failed(self, reason: str) -> None:
-        if self.state is State.SENT:
-            self._attempt_failed(reason)
-
     def answer_began(self, upstream: Upstream, rest: bytes) -> None:
         relay = self.relay
-        if (
-            upstream.status in RETRY_ELSEWHERE
-            and self._retries < MAX_RETRIES
-            and relay.has_other_target(self.model, self.target)
-        ):
-            upstream.discard()
-            self._attempt_failed(f"the engine answered {upstream.status}")
-            return
+        target = self.target
+        assert target is not None
+        if upstream.status >= 429 and may_be_better_elsewhere(upstream.status):
+            reason = f"{relay.pool(target).who} answered {upstream.status}"
+            self._judge(None if upstream.status in HEALTHY_REFUSALS else Fault.ERRED, reason)
+            if self._has_other_target():
+                self._upstream = None
+                upstream.give_up()
+                self._attempt_failed(reason, f"status_{upstream.status}")
+                return
+        elif relay.breakers.troubled:
+            self._judge(None)
         self.state = State.RELAYING
         self.body = b""
         if upstream.until_close or (upstream.dechunks and upstream.chunked):
             self.keep_alive = False
-        target = self.target
-        assert target is not None
-        relay.traffic.of(self.model, "local").ttft.observe(relay.clock.now() - self._granted_at)
+        row = relay.traffic.of(self.model, "local" if target.local else "remote")
+        row.ttft.observe(relay.clock.now() - self._granted_at)
         status = upstream.status
         if isinstance(upstream, DechunkingUpstream):
             rest = upstream.take_body()
@@ -297,42 +268,14 @@ class Exchange:
             self.relay.traffic.retried("stale_connection")
             self._open_fresh()
         else:
-            self._attempt_failed(reason)
+            self._attempt_broke(reason, "connection_lost")
 
     # -- steps ------------------------------------------------------------------------------------
 
-    def _read_envelope(self) -> None:
-        try:
-            envelope: Any = orjson.loads(self.body)
-        except orjson.JSONDecodeError as error:
-            raise InvalidRequest(f"the request body is not JSON: {error}") from None
-        if type(envelope) is not dict:
-            raise InvalidRequest("the request body must be a JSON object")
-        model = envelope.get("model")
-        if type(model) is not str or not model:
-            what = "is missing" if model is None else "must be a non-empty string"
-            raise InvalidRequest(f"`model` {what}; GET /v1/models lists the names", param="model")
-        self.model = model
-        self.stream = envelope.get("stream") is True
-
-    def _attempt(self) -> None:
-        relay = self.relay
-        outcome = relay.route(self.model, self._avoid)
-        if not isinstance(outcome, Target):
-            self._refuse(refusals.of_route(self.model, outcome))
-            return
-        self.target = outcome
-        relay.engage(outcome.instance)
-        if not self.http10:
-            upstream = relay.pool(outcome).try_take()
-            if upstream is not None:
-                self._send(upstream)
-                return
-        self._open_fresh()
-
     def _open_fresh(self) -> None:
         assert self.target is not None
-        self.relay.pool(self.target).connect(self, dechunks=self.http10)
+        self._ticket += 1
+        self.relay.pool(self.target).connect(self, self._ticket, dechunks=self.http10)
 
     def _send(self, upstream: Upstream) -> None:
         self._upstream = upstream
@@ -346,26 +289,6 @@ class Exchange:
             % (self.path, self.forward, self.request_id, len(self.body)),
             self.body,
         )
-
-    def _attempt_failed(self, reason: str) -> None:
-        """3. Before anything of an answer was sent to the client."""
-        target = self.target
-        assert target is not None
-        self._upstream = None
-        self.target = None
-        self.relay.release(target.instance)
-        if self._retries < MAX_RETRIES:
-            self._retries += 1
-            self._avoid |= {target.instance}
-            self.relay.traffic.retried("upstream_failed")
-            self._attempt()
-        else:
-            self._refuse(
-                UpstreamFailed(
-                    f"model `{self.model}`: {reason}; `meshd logs` has what it said",
-                    retry_after_s=refusals.QUEUE_RETRY_AFTER_S,
-                )
-            )
 
     def _break_off(self, error: MeshdError, boundary: bool) -> None:
         """4. In mid-answer."""
@@ -396,12 +319,8 @@ class Exchange:
             self._bytes_out += len(data)
             transport.write(data)
 
-    def _drop_upstream(self) -> None:
-        upstream, self._upstream = self._upstream, None
-        if upstream is not None:
-            upstream.discard()
-
     def _finish(self, outcome: str) -> None:
+        self._forgo_probe()
         self.state = State.DONE
         self.body = b""
         self.relay.finished(self, outcome, self._bytes_out)

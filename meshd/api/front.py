@@ -35,6 +35,8 @@ class Front:
         self.relay = relay
         self.access = access
         self.connections: set[Connection] = set()
+        self.peers: set[Connection] = set()
+        """Those of other nodes; how many there may be is limited where they come in."""
         self.rejected: set[Connection] = set()
         """Told that there are too many; they do not count as connections."""
         self._rng = rng
@@ -44,6 +46,10 @@ class Front:
     def __call__(self) -> Connection:
         """The protocol factory."""
         return Connection(self, self._server, self._loop)
+
+    def for_peer(self, peer: str) -> Connection:
+        """The protocol of a connection of another node, called `peer`."""
+        return Connection(self, self._server, self._loop, peer)
 
     def make_request_id(self) -> bytes:
         return b"req-%016x" % self._rng.getrandbits(64)
@@ -73,19 +79,22 @@ class Front:
 
     def sweep(self, now: float) -> None:
         """Once a second: connections that are too slow, or idle for too long."""
-        for connection in (*self.connections, *self.rejected):
+        for connection in self._all():
             connection.check_late(now)
 
     def close_idle(self) -> None:
         """Close what is between requests; what is not closes after its answer."""
-        for connection in (*self.connections, *self.rejected):
+        for connection in self._all():
             if connection.phase is not Phase.BUSY:
                 connection.shut()
 
     def abort_all(self) -> None:
-        for connection in (*self.connections, *self.rejected):
+        for connection in self._all():
             connection.shut()
 
     async def close(self, timeout_s: float) -> None:
         """Ends aiohttp's task of every connection."""
         await self._server.shutdown(timeout_s)
+
+    def _all(self) -> tuple[Connection, ...]:
+        return (*self.connections, *self.peers, *self.rejected)

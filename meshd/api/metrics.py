@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
 from meshd.ids import ModelId
-from meshd.view import ModelState
+from meshd.view import ModelState, PeerState
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -32,6 +32,7 @@ def render(view: View, relay: Relay, source: MetricSource | None) -> bytes:
         def collect(self) -> Iterable[Metric]:
             yield from _traffic(relay)
             yield from _state(view, relay)
+            yield from _peers(view)
             if source is not None:
                 yield from _foreign(source())
 
@@ -59,7 +60,9 @@ def _traffic(relay: Relay) -> Iterator[Metric]:
         seconds.add_metric([model, route], row.seconds.cumulative(), row.seconds.total)
         ttft.add_metric([model, route], row.ttft.cumulative(), row.ttft.total)
     relayed = CounterMetricFamily(
-        "meshd_relay_bytes", "Bytes to (in) and from (out) engines.", labels=["direction"]
+        "meshd_relay_bytes",
+        "Bytes to (in) and from (out) engines, here or elsewhere.",
+        labels=["direction"],
     )
     relayed.add_metric(["in"], traffic.bytes_in)
     relayed.add_metric(["out"], traffic.bytes_out)
@@ -91,6 +94,21 @@ def _state(view: View, relay: Relay) -> Iterator[Metric]:
         cache = GaugeMetricFamily("meshd_cache_bytes", "Model weights on disk.")
         cache.add_metric([], view.cache.used_bytes)
         yield cache
+
+
+def _peers(view: View) -> Iterator[Metric]:
+    from prometheus_client.core import GaugeMetricFamily
+
+    peers = GaugeMetricFamily("meshd_peers", "Other nodes by state.", labels=["state"])
+    for state in PeerState:
+        peers.add_metric([state.value], sum(peer.state is state for peer in view.peers))
+    rtt = GaugeMetricFamily(
+        "meshd_peer_rtt_seconds", "Smoothed round trip of a control message.", labels=["peer"]
+    )
+    for peer in view.peers:
+        if peer.rtt_s is not None and peer.state in (PeerState.ALIVE, PeerState.SUSPECT):
+            rtt.add_metric([peer.name], peer.rtt_s)
+    yield from (peers, rtt)
 
 
 def _foreign(samples: Iterable[Sample]) -> Iterator[Metric]:

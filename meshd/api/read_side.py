@@ -69,7 +69,7 @@ class ReadSide:
 
     def status(self) -> dict[str, Any]:
         return status.status(
-            self._board.current, self._mesh, self._clock.now(), self._relay.slots_in_use
+            self._board.current, self._mesh, self._clock.now(), self._relay.own_slots_in_use()
         )
 
     async def model(self, request: BaseRequest) -> Response:
@@ -107,7 +107,7 @@ class ReadSide:
         return _json(status.peers(self._board.current))
 
     async def _mesh_models(self, request: BaseRequest) -> Response:
-        return _json(status.models(self._board.current, self._relay.slots_in_use))
+        return _json(status.models(self._board.current, self._relay.own_slots_in_use()))
 
     async def _mesh_events(self, request: BaseRequest) -> StreamResponse:
         return await self._events.stream(request, {})

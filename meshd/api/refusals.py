@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import assert_never
 
 from meshd.api.admission import Refusal
-from meshd.api.route import Failed, NotFound, NotReady
+from meshd.api.route import Broken, Failed, NotFound, NotReady
 from meshd.errors import (
     MeshdError,
     ModelFailed,
@@ -13,6 +13,7 @@ from meshd.errors import (
     ModelNotFound,
     NodeDraining,
     QueueFull,
+    UpstreamFailed,
     UpstreamTimeout,
 )
 
@@ -21,7 +22,7 @@ FAILED_RETRY_AFTER_S = 30.0
 DRAINING_RETRY_AFTER_S = 5.0
 
 
-def of_route(name: str, outcome: NotFound | NotReady | Failed) -> MeshdError:
+def of_route(name: str, outcome: NotFound | NotReady | Failed | Broken) -> MeshdError:
     match outcome:
         case NotFound():
             return ModelNotFound(_not_found(name, outcome), param="model")
@@ -44,6 +45,12 @@ def of_route(name: str, outcome: NotFound | NotReady | Failed) -> MeshdError:
                     "progress": outcome.progress,
                     "reason": outcome.reason,
                 },
+            )
+        case Broken():
+            return UpstreamFailed(
+                f"model `{outcome.model}` is served by nothing that works: {outcome.reason}; it is "
+                f"tried again in {max(1.0, outcome.retry_after_s):.0f} s",
+                retry_after_s=outcome.retry_after_s,
             )
         case _:
             assert_never(outcome)
@@ -69,15 +76,37 @@ def of_admission(name: str, reason: Refusal, waited_s: float) -> MeshdError:
     )
 
 
-def draining() -> NodeDraining:
+def not_here(name: str) -> ModelLoading:
+    """For another node, which saw the model here a moment ago and may know somebody else."""
+    return ModelLoading(
+        f"model `{_shown(name)}` is not served by this node any more",
+        param="model",
+        retry_after_s=QUEUE_RETRY_AFTER_S,
+        detail={"state": "absent", "progress": None, "reason": "not served by this node any more"},
+    )
+
+
+def withdrawn() -> NodeDraining:
+    return NodeDraining(
+        "this node is draining, and no other serves the model; `meshd undrain` puts it back to "
+        "work",
+        retry_after_s=DRAINING_RETRY_AFTER_S,
+    )
+
+
+def shutting_down() -> NodeDraining:
     return NodeDraining(
         "this node is shutting down and takes no new requests",
         retry_after_s=DRAINING_RETRY_AFTER_S,
     )
 
 
+def _shown(name: str) -> str:
+    return name if len(name) <= 128 else f"{name[:128]}…"
+
+
 def _not_found(name: str, outcome: NotFound) -> str:
-    shown = name if len(name) <= 128 else f"{name[:128]}…"
+    shown = _shown(name)
     if outcome.reason is not None:
         return f"model `{shown}` is not served here: {outcome.reason}"
     if outcome.close:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine, Sequence
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from meshd.api.admission import (
@@ -15,15 +17,16 @@ from meshd.api.admission import (
     ModelClosed,
     Refusal,
 )
+from meshd.api.breaker import NONE_SHUT, Breakers
 from meshd.api.exchange import Exchange
-from meshd.api.pool import Pool
-from meshd.api.route import Route, route
+from meshd.api.pool import ConnectRemote, Pool
+from meshd.api.route import NOTHING, Route, route
 from meshd.api.traffic import Traffic
 from meshd.config import ApiSettings
-from meshd.ids import InstanceId, ModelId
+from meshd.ids import InstanceId, ModelId, NodeId
 from meshd.kernel import Clock, FlightRecorder
 from meshd.kernel.machine import Tick
-from meshd.view import ModelState, ModelView, NodeState, Target, View
+from meshd.view import ModelState, ModelView, NodeState, PeerState, Target, View
 
 Capacity = int | Refusal | None
 """Slots, or why there is no queue, or None: not ready."""
@@ -46,6 +49,7 @@ class Relay:
         rng: random.Random,
         recorder: FlightRecorder | None,
         spawn: Callable[[Coroutine[Any, Any, None]], object],
+        connect_remote: ConnectRemote | None = None,
     ) -> None:
         self.settings = settings
         self.clock = clock
@@ -54,9 +58,19 @@ class Relay:
         self.active: set[Exchange] = set()
         """Every exchange that has begun and not ended, waiting ones included."""
         self.draining = False
+        """The node shuts down: no new request, of nobody. Never taken back."""
+        self.withdrawn = False
+        """Drained by hand: our own engines take no new request. Follows the view."""
+        self.breakers = Breakers()
         self._recorder = recorder
         self._spawn = spawn
-        self._models: dict[ModelId, ModelView] = {}
+        self._connect_remote = connect_remote
+        self._view: View | None = None
+        self._standing: Mapping[NodeId, PeerState] = {}
+        self._models: Mapping[ModelId, ModelView] = {}
+        """For clients."""
+        self._own: Mapping[ModelId, ModelView] = {}
+        """For other nodes."""
         self._capacity: dict[ModelId, Capacity] = {}
         self._admission = Admission(settings.queue_per_model)
         self._timer: asyncio.TimerHandle | None = None
@@ -65,24 +79,41 @@ class Relay:
         self._last_request_at: dict[InstanceId, float] = {}
         self._idle_waiters: dict[InstanceId, list[asyncio.Future[None]]] = {}
         self._all_idle_waiters: list[asyncio.Future[None]] = []
-        self._node_lines: dict[str, bytes] = {}
+        self._node_lines: dict[InstanceId, bytes] = {}
 
     # -- the view ---------------------------------------------------------------------------------
 
     def apply(self, view: View) -> None:
-        """Take over a new view: capacities to admission, pools of engines that are gone closed."""
-        self.draining = self.draining or view.node.state is NodeState.DRAINING
-        self._models = dict(view.models)
-        live = {t.instance for m in view.models.values() for t in m.targets}
-        for instance in [i for i in self._pools if i not in live]:
-            self._pools.pop(instance).close()
-        for instance in [i for i in self._last_request_at if i not in live]:
-            if instance not in self._inflight:
-                del self._last_request_at[instance]
-        for gone in [m for m in self._capacity if m not in view.models]:
+        """Take over a new view: capacities to admission, pools of engines that are gone closed,
+        requests taken off nodes that are.
+
+        Called at every change of anything, so what did not change is passed over.
+        """
+        last, self._view = self._view, view
+        withdrawn = view.node.state is NodeState.DRAINING
+        if (
+            last is None
+            or view.models is not last.models
+            or view.local is not last.local
+            or withdrawn is not self.withdrawn
+        ):
+            self.withdrawn = withdrawn
+            self._apply_models(view)
+        if last is None or view.peers is not last.peers:
+            self._apply_peers(view)
+
+    def _apply_models(self, view: View) -> None:
+        self._own = dict(view.local)
+        models = self._models = (
+            {i: _without_own(m) for i, m in view.models.items()}
+            if self.withdrawn
+            else dict(view.models)
+        )
+        self._node_lines.clear()
+        for gone in [m for m in self._capacity if m not in models]:
             del self._capacity[gone]
             self._post(ModelClosed(gone, Refusal.GONE))
-        for model_id, model in view.models.items():
+        for model_id, model in models.items():
             capacity = _capacity(model)
             if model_id in self._capacity and self._capacity[model_id] == capacity:
                 continue
@@ -91,13 +122,52 @@ class Relay:
                 self._post(ModelClosed(model_id, capacity))
             else:
                 self._post(CapacityChanged(model_id, capacity))
+        self._forget_engines(view)
 
-    def route(self, name: str, avoid: frozenset[InstanceId] = frozenset()) -> Route:
-        return route(name, self._models, self._inflight, self.rng, avoid)
+    def _forget_engines(self, view: View) -> None:
+        """What is kept of engines that no node speaks of any more. Those of a suspect stay: it may
+        be back in a second, and its streams with it."""
+        live = {t.instance for m in view.models.values() for t in m.targets}
+        live.update(
+            m.instance
+            for p in view.peers
+            if p.state in (PeerState.ALIVE, PeerState.SUSPECT)
+            for m in p.models
+            if m.instance is not None
+        )
+        for instance in [i for i in self._pools if i not in live]:
+            self._pools.pop(instance).close()
+        for instance in [i for i in self._last_request_at if i not in live]:
+            if instance not in self._inflight:
+                del self._last_request_at[instance]
+        self.breakers.keep(live)
 
-    def has_other_target(self, name: str, target: Target | None) -> bool:
-        model = self._models.get(ModelId(name))
-        return model is not None and any(t is not target for t in model.targets)
+    def _apply_peers(self, view: View) -> None:
+        """Requests that are at a node which died, or is in doubt. One that drains or unloads the
+        model is neither: it finishes what it has."""
+        standing = {p.id: p.state for p in view.peers}
+        if standing == self._standing:
+            return
+        self._standing = standing
+        for exchange in tuple(self.active):
+            target = exchange.target
+            if target is None or target.node_id is None:
+                continue
+            state = standing.get(target.node_id)
+            if state is None or state is PeerState.DEAD:
+                what = "no member of the mesh any more" if state is None else "dead"
+                exchange.node_changed(what, gone=True)
+            elif state is not PeerState.ALIVE:
+                exchange.node_changed(state.value, gone=False)
+
+    def route(
+        self, name: str, avoid: frozenset[InstanceId] = NOTHING, *, own: bool = False
+    ) -> Route:
+        """`own`: for another node's request, which goes no further."""
+        breakers = self.breakers
+        shut = breakers.shut(self.clock.now()) if breakers.troubled else NONE_SHUT
+        models = self._own if own else self._models
+        return route(name, models, self._inflight, self.rng, avoid, shut)
 
     def knows(self, name: str) -> bool:
         return name in self._models
@@ -125,7 +195,16 @@ class Relay:
         return self._admission.waiting(model)
 
     def slots_in_use(self, model: ModelId) -> int:
+        """By requests that went through here, wherever their engines are."""
         return self._admission.in_flight(model)
+
+    def own_slots_in_use(self) -> Mapping[ModelId, int]:
+        """Slots of this node's engines that are taken, whoever asked."""
+        return Counter(
+            e.target.model
+            for e in self.active
+            if e.needs_slot and e.target is not None and e.target.local
+        )
 
     # -- who is in flight where -------------------------------------------------------------------
 
@@ -167,17 +246,17 @@ class Relay:
     def pool(self, target: Target) -> Pool:
         pool = self._pools.get(target.instance)
         if pool is None:
-            pool = Pool(target.socket_path, self._spawn, self.clock)
+            pool = Pool(target, self._connect_remote, self._spawn, self.clock)
             self._pools[target.instance] = pool
         return pool
 
     def node_lines(self, target: Target) -> bytes:
         """The header lines that say which node's engine answered."""
-        lines = self._node_lines.get(target.node)
+        lines = self._node_lines.get(target.instance)
         if lines is None:
             where = "local" if target.local else "remote"
             lines = f"x-meshd-node: {target.node}\r\nx-meshd-route: {where}\r\n".encode("latin-1")
-            self._node_lines = {target.node: lines}
+            self._node_lines[target.instance] = lines
         return lines
 
     def finished(self, exchange: Exchange, outcome: str, bytes_out: int) -> None:
@@ -185,7 +264,8 @@ class Relay:
         self.active.discard(exchange)
         target, traffic = exchange.target, self.traffic
         known = exchange.model if exchange.model in self._models else ""
-        row = traffic.of(known, "none" if target is None else "local")
+        taken = "none" if target is None else "local" if target.local else "remote"
+        row = traffic.of(known, taken)
         row.count(outcome)
         if target is not None:
             row.seconds.observe(self.clock.now() - exchange.arrived_at)
@@ -253,6 +333,15 @@ class Relay:
         self._timer = None
         self._run(self._admission.handle(Tick(), self.clock.now()))
         self._arm()
+
+
+def _without_own(model: ModelView) -> ModelView:
+    """`model` as a withdrawn node offers it: elsewhere, if it is served elsewhere. Otherwise as it
+    was, for the requests that were let in before; new ones are refused."""
+    remote = tuple(t for t in model.targets if not t.local)
+    if not remote or len(remote) == len(model.targets):
+        return model
+    return replace(model, targets=remote)
 
 
 def _capacity(model: ModelView) -> Capacity:

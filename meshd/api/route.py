@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+from meshd.api.breaker import NONE_SHUT, Shut
 from meshd.ids import InstanceId, ModelId
 from meshd.view import ModelState, ModelView, Target
 
@@ -45,7 +46,18 @@ class Failed:
     reason: str
 
 
-Route: TypeAlias = Target | NotFound | NotReady | Failed
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """All its engines failed lately, and none is due to be tried again."""
+
+    model: ModelId
+    reason: str
+    retry_after_s: float
+
+
+Route: TypeAlias = Target | NotFound | NotReady | Failed | Broken
+
+NOTHING: frozenset[InstanceId] = frozenset()
 
 
 def route(
@@ -53,17 +65,22 @@ def route(
     models: Mapping[ModelId, ModelView],
     inflight: Mapping[InstanceId, int],
     rng: Chance,
-    avoid: frozenset[InstanceId] = frozenset(),
+    avoid: frozenset[InstanceId] = NOTHING,
+    shut: Mapping[InstanceId, Shut] = NONE_SHUT,
 ) -> Route:
     """The engine for a request that names `name`, or why there is none.
 
     1. Nobody has the model: NotFound. A model is never answered by another one.
     2. It has targets: one of them, by `choose`. Any state with a target can be served.
+       a. Those whose circuit is open are left out.
+       b. If that leaves none, those of them that do answer, though with errors, are taken.
+       c. If there are none of those either: Broken, until the first may be tried again.
     3. It failed: Failed, with the reason.
     4. Nobody was told to load it: NotFound. "Try again later" would be a lie.
     5. NotReady, with what it waits for.
 
     `avoid`: engines that just broke under this very request; used only if there is no other.
+    `shut`: engines with an open circuit.
     """
     model = models.get(ModelId(name))
     if model is None:  # 1
@@ -72,6 +89,10 @@ def route(
         return NotFound(tuple(close), bool(names))
     targets = model.targets
     if targets:  # 2
+        if shut:
+            targets = _usable(targets, shut)
+            if not targets:
+                return _broken(model, shut)
         if len(targets) == 1:
             return targets[0]
         return choose(targets, inflight, rng, avoid)
@@ -92,18 +113,33 @@ def choose(
     targets: tuple[Target, ...],
     inflight: Mapping[InstanceId, int],
     rng: Chance,
-    avoid: frozenset[InstanceId] = frozenset(),
+    avoid: frozenset[InstanceId] = NOTHING,
 ) -> Target:
     """Power of two choices: of two at random, one with a free slot before one without, then the
-    one with less in flight per slot; the local one wins ties.
+    one with less work per slot; the local one wins ties, and chance those among remote ones.
 
     Taking the least busy of all would herd every node onto the same engine.
     """
     able = [t for t in targets if t.instance not in avoid] or list(targets)
-    pair = able if len(able) <= 2 else rng.sample(able, 2)
+    pair = able if len(able) == 1 else rng.sample(able, 2)
     return min(pair, key=lambda t: _burden(t, inflight.get(t.instance, 0)))
 
 
 def _burden(target: Target, in_flight: int) -> tuple[bool, float, bool]:
+    """Of a remote engine we know two things, our own requests there and the slots its node saw
+    free a moment ago, which include some of ours: the larger burden is the better guess."""
     slots = max(1, target.slots)
-    return (in_flight >= slots, in_flight / slots, not target.local)
+    busy = in_flight
+    if target.slots_free is not None:
+        busy = max(busy, slots - target.slots_free)
+    return (busy >= slots, busy / slots, not target.local)
+
+
+def _usable(targets: tuple[Target, ...], shut: Mapping[InstanceId, Shut]) -> tuple[Target, ...]:
+    sound = tuple(t for t in targets if t.instance not in shut)  # 2a
+    return sound or tuple(t for t in targets if shut[t.instance].answers)  # 2b
+
+
+def _broken(model: ModelView, shut: Mapping[InstanceId, Shut]) -> Broken:  # 2c
+    first = min((shut[t.instance] for t in model.targets), key=lambda s: s.retry_after_s)
+    return Broken(model.id, first.reason, first.retry_after_s)

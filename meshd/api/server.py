@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from meshd.api import refusals
 from meshd.api.listener import BACKLOG, open_listeners
+from meshd.api.pool import ConnectRemote
 from meshd.api.relay import Relay
 from meshd.config import Config
-from meshd.ids import InstanceId
+from meshd.errors import NodeDraining
+from meshd.ids import InstanceId, ModelId
 from meshd.kernel import Board, Clock, FlightRecorder, Service
 from meshd.view import View
 
@@ -27,8 +30,9 @@ CLOSE_LIMIT_S = 1.0
 class ApiServer(Service):
     """:9337. `bind` opens the port; `main` serves until `stopping`, then drains.
 
-    `metrics`: further samples for `/metrics`. The requests in flight when a stop begins have
-    `config.drain_s`; `hurry` ends the wait.
+    `metrics`: further samples for `/metrics`. `connect_remote`: how to reach the relay of another
+    node (see `pool.ConnectRemote`); without it only engines here are asked. The requests in flight
+    when a stop begins have `config.drain_s`; `hurry` ends the wait.
     """
 
     name = "api"
@@ -42,6 +46,7 @@ class ApiServer(Service):
         rng: random.Random,
         recorder: FlightRecorder | None = None,
         metrics: MetricSource | None = None,
+        connect_remote: ConnectRemote | None = None,
         sweep_interval_s: float = SWEEP_INTERVAL_S,
     ) -> None:
         super().__init__()
@@ -61,6 +66,7 @@ class ApiServer(Service):
             rng=rng,
             recorder=recorder,
             spawn=lambda work: self.spawn(work, name="connect"),
+            connect_remote=connect_remote,
         )
 
     # -- for the node -----------------------------------------------------------------------------
@@ -77,6 +83,19 @@ class ApiServer(Service):
             listener.close()
         self._sockets.clear()
 
+    def peer_protocol(self, peer: str) -> asyncio.Protocol:
+        """For a stream of another node that is known to be `peer`: its requests are served like a
+        client's, by engines of this node only. The caller calls `connection_made`, or hands it to
+        the loop. Raises NodeDraining while the API does not run."""
+        if self._front is None:
+            raise NodeDraining("this node's API is not running")
+        return self._front.for_peer(peer)
+
+    def refuse_new(self) -> None:
+        """The node shuts down: from now on no request begins here, of clients or of nodes. What is
+        in flight goes on. (Draining by hand is the view's `node.state`, and can be undone.)"""
+        self._relay.draining = True
+
     def hurry(self) -> None:
         """Do not wait for requests in flight any longer."""
         self._hurry.set()
@@ -85,14 +104,18 @@ class ApiServer(Service):
         """End every request in flight, each with the answer or event its state still allows."""
         for exchange in tuple(self._relay.active):
             exchange.keep_alive = False
-            exchange.fail(refusals.draining())
+            exchange.fail(refusals.shutting_down())
 
     def status(self) -> dict[str, Any]:
         """What `/mesh/status` says."""
         from meshd.api import status
 
         view, now = self._board.current, self._clock.now()
-        return status.status(view, self._config.mesh, now, self._relay.slots_in_use)
+        return status.status(view, self._config.mesh, now, self._relay.own_slots_in_use())
+
+    def own_slots_in_use(self) -> Mapping[ModelId, int]:
+        """Slots of this node's engines that requests hold now; a model without any is missing."""
+        return self._relay.own_slots_in_use()
 
     async def wait_idle(self, instance: InstanceId) -> None:
         """Until no request is in flight on that engine."""
@@ -147,7 +170,7 @@ class ApiServer(Service):
         try:
             self.ready.set()
             await self.stopping.wait()
-            self._relay.draining = True
+            self.refuse_new()
             for server in servers:
                 server.close()
             await self._drain(front, events)
@@ -157,6 +180,7 @@ class ApiServer(Service):
             for server in servers:
                 server.close()
             sweeper.cancel()
+            self._front = None
             self._relay.close()
             front.abort_all()
             await front.close(CLOSE_LIMIT_S)

@@ -1,19 +1,33 @@
-"""The JSON of `/mesh/status` and `/v1/models`, out of the view and our own counts. Pure."""
+"""The JSON of `/mesh/status` and `/v1/models`, out of the view and our own counts. Pure.
+
+The same shape on every node; what differs is who `node` is. `own_in_use` everywhere: slots of this
+node's engines that are taken. Of other nodes' slots the view says what they reported.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 from meshd.ids import ModelId
-from meshd.view import HostView, ModelView, RuntimeView, View
+from meshd.view import (
+    HostView,
+    ModelState,
+    ModelView,
+    NodeState,
+    PeerState,
+    PeerView,
+    RuntimeView,
+    View,
+)
 
-SlotsInUse = Callable[[ModelId], int]
 
-
-def status(view: View, mesh: str, now: float, slots_in_use: SlotsInUse) -> dict[str, Any]:
-    """INTERFACES' `/mesh/status`. `now`: monotonic."""
+def status(
+    view: View, founded_as: str, now: float, own_in_use: Mapping[ModelId, int]
+) -> dict[str, Any]:
+    """INTERFACES' `/mesh/status`. `founded_as`: what a mesh is called here before there is one.
+    `now`: monotonic."""
     node = view.node
     return {
         "node": {
@@ -26,22 +40,22 @@ def status(view: View, mesh: str, now: float, slots_in_use: SlotsInUse) -> dict[
             "listen": node.listen,
             "peer_listen": node.peer_listen,
         },
-        "mesh": {"id": None, "name": mesh, "members": 1, "alive": 1},
+        "mesh": _mesh(view, founded_as),
         "runtime": None if view.runtime is None else _runtime(view.runtime),
         "devices": [asdict(device) for device in view.devices],
         "peers": peers(view),
-        "models": models(view, slots_in_use),
+        "models": models(view, own_in_use),
         "cache": None if view.cache is None else asdict(view.cache),
     }
 
 
 def peers(view: View) -> list[dict[str, Any]]:
-    """Other nodes; there are none before nodes find each other."""
-    return []
+    """Other nodes, those that died or left included while they are remembered."""
+    return [_peer(peer) for peer in view.peers]
 
 
-def models(view: View, slots_in_use: SlotsInUse) -> list[dict[str, Any]]:
-    return [_model(model, slots_in_use(model.id)) for model in view.models.values()]
+def models(view: View, own_in_use: Mapping[ModelId, int]) -> list[dict[str, Any]]:
+    return [_model(view, model, own_in_use.get(model.id, 0)) for model in view.models.values()]
 
 
 def model_list(view: View) -> dict[str, Any]:
@@ -66,20 +80,65 @@ def model_entry(view: View, model: ModelView) -> dict[str, Any]:
     }
 
 
-def _model(model: ModelView, in_use: int) -> dict[str, Any]:
+def _mesh(view: View, founded_as: str) -> dict[str, Any]:
+    """`members`: who belongs to it, dead ones too, this node included; `alive`: who answers."""
+    mesh, states = view.mesh, [peer.state for peer in view.peers]
+    return {
+        "id": mesh.id,
+        "name": mesh.name or founded_as,
+        "members": 1 + sum(state is not PeerState.LEFT for state in states),
+        "alive": 1 + sum(state is PeerState.ALIVE for state in states),
+        "state": mesh.state.value,
+        "reason": mesh.reason,
+    }
+
+
+def _peer(peer: PeerView) -> dict[str, Any]:
+    return {
+        "id": peer.id,
+        "name": peer.name,
+        "state": peer.state.value,
+        "address": peer.address,
+        "rtt_ms": None if peer.rtt_s is None else round(peer.rtt_s * 1000, 3),
+        "version": peer.version,
+        "role": peer.role.value,
+        "draining": peer.draining,
+        "models": [model.id for model in peer.models],
+        "devices": [asdict(device) for device in peer.devices],
+    }
+
+
+def _model(view: View, model: ModelView, own_in_use: int) -> dict[str, Any]:
+    hosts = [_host_now(view, host, own_in_use) for host in model.hosts]
+    state = model.state
+    if state is ModelState.READY and all(h.state is ModelState.DRAINING for h in hosts) and hosts:
+        state = ModelState.DRAINING
     return {
         "id": model.id,
         "ref": model.ref,
         "digest": model.digest,
-        "state": model.state.value,
+        "state": state.value,
         "reason": model.reason,
         "progress": model.progress,
         "evidence": list(model.evidence),
-        "hosts": [_host(host, in_use) for host in model.hosts],
+        "hosts": [_host(host) for host in hosts],
     }
 
 
-def _host(host: HostView, in_use: int) -> dict[str, Any]:
+def _host_now(view: View, host: HostView, own_in_use: int) -> HostView:
+    """For a host that is this node, what other nodes are told of it: its slots that are free by our
+    own count, and draining if the node drains."""
+    if host.node_id != view.node.id:
+        return host
+    drains = view.node.state is NodeState.DRAINING and host.state is ModelState.READY
+    return replace(
+        host,
+        slots_free=max(0, host.slots - own_in_use),
+        state=ModelState.DRAINING if drains else host.state,
+    )
+
+
+def _host(host: HostView) -> dict[str, Any]:
     return {
         "node": host.node,
         "node_id": host.node_id,
@@ -87,7 +146,7 @@ def _host(host: HostView, in_use: int) -> dict[str, Any]:
         "state": host.state.value,
         "context_length": host.context_length,
         "slots": host.slots,
-        "slots_free": max(0, host.slots - in_use),
+        "slots_free": host.slots_free,
         "plan": {
             "kind": "solo",
             "workers": [{"node": host.node, "share": 1.0, "bytes": host.bytes_on_disk}],

@@ -1,4 +1,5 @@
-"""The engine's side of an exchange: raw HTTP/1.1 over its unix socket, kept alive.
+"""The engine's side of an exchange: raw HTTP/1.1, kept alive, over the unix socket of an engine
+here or over a stream to the node of another one.
 
 Bytes of an answer's body go on as they came. A parser watches them, to check the framing and to
 find the end, and that is all it does (no `on_body`); only for clients of HTTP/1.0, which know no
@@ -8,7 +9,7 @@ What is refused rather than relayed: 1xx and Upgrade answers, heads over 64 KiB,
 and anything that follows the end of the message, which would be taken by the client for the answer
 to its next request.
 
-llama-server closes a connection after 100 requests; ours are retired before that.
+How long a connection lives, and what the other side is called in messages, is its pool's to say.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from meshd.api.pool import Pool
 
 MAX_HEAD_BYTES: Final = 64 * 1024
-REQUEST_LIMIT: Final = 95
 JOIN_BELOW_BYTES: Final = 64 * 1024
 """A request body smaller than this is copied behind its head, to be one write."""
 
@@ -51,9 +51,9 @@ class Receiver(Protocol):
     """What an exchange is told by its upstream connection; exactly one of `answer_ended` and
     `answer_broke` ends it, and the connection is no longer its own when they are called."""
 
-    def connected(self, upstream: Upstream) -> None: ...
+    def connected(self, upstream: Upstream, ticket: int) -> None: ...
 
-    def connect_failed(self, reason: str) -> None: ...
+    def connect_failed(self, reason: str, ticket: int) -> None: ...
 
     def answer_began(self, upstream: Upstream, rest: bytes) -> None:
         """The head is there; `rest`: what came of the body with it."""
@@ -129,6 +129,21 @@ class Upstream(asyncio.Protocol):
         if self.transport is not None:
             self.transport.abort()
 
+    def give_up(self) -> None:
+        """The answer that began is not wanted. Kept if all of it is here, else closed."""
+        if self._complete:
+            self._receiver = None
+            self._end()
+        else:
+            self.discard()
+
+    def set_aside(self) -> None:
+        """Nobody needs this connection, which has sent nothing, any more; somebody may soon."""
+        if self.dechunks:
+            self.discard()
+        elif self.transport is not None:
+            self._pool.put_back(self)
+
     def at_event_boundary(self) -> bool:
         """Whether everything relayed so far ends with a whole event in a whole chunk."""
         if not (self.event_stream and self.chunked) or self._in_chunk or self.dechunks:
@@ -149,7 +164,7 @@ class Upstream(asyncio.Protocol):
             in_chunk = self._in_chunk
             if not self._watch(data):
                 self._in_chunk = in_chunk  # where what was forwarded ends, not what was parsed
-                self._break("the engine's answer is not valid HTTP")
+                self._break(f"the answer of {self._pool.who} is not valid HTTP")
                 return
             self._last = data
             receiver.answer_went_on(data)
@@ -167,9 +182,9 @@ class Upstream(asyncio.Protocol):
         if self._head_done and self.until_close and exc is None:
             receiver.answer_ended()
         elif self._head_done or self._head:
-            receiver.answer_broke(self, "the engine closed the connection in mid-answer")
+            receiver.answer_broke(self, f"{self._pool.who} closed the connection in mid-answer")
         else:
-            receiver.answer_broke(self, "the engine closed the connection without an answer")
+            receiver.answer_broke(self, f"{self._pool.who} closed the connection without an answer")
 
     # -- httptools --------------------------------------------------------------------------------
 
@@ -216,17 +231,17 @@ class Upstream(asyncio.Protocol):
         if end < 0:
             self._head = data
             if len(data) > MAX_HEAD_BYTES:
-                self._break("the engine's answer has an endless head")
+                self._break(f"the answer of {self._pool.who} has an endless head")
             return
         rest = data[end + 4 :]
         if not self._watch(data[: end + 4]) or not self._head_done:
-            self._break("the engine's answer has a malformed head")
+            self._break(f"the answer of {self._pool.who} has a malformed head")
             return
         if self.status < 200 or self._parser.should_upgrade():
-            self._break(f"the engine answered {self.status}, which is not relayed")
+            self._break(f"{self._pool.who} answered {self.status}, which is not relayed")
             return
         if rest and not self._watch(rest):
-            self._break("the engine's answer is not valid HTTP")
+            self._break(f"the answer of {self._pool.who} is not valid HTTP")
             return
         # Neither length nor chunks: the end of the connection is the end of the answer.
         self.until_close = not self._complete and not self.chunked and not self._has_length()
@@ -252,7 +267,8 @@ class Upstream(asyncio.Protocol):
     def _end(self) -> None:
         receiver, self._receiver = self._receiver, None
         self._last = b""
-        if not self._keep or self._served >= REQUEST_LIMIT or self.dechunks or self._unsent():
+        worn = self._served >= self._pool.lifetime.requests
+        if not self._keep or worn or self.dechunks or self._unsent():
             self._close()
         else:
             self.resume()

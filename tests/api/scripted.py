@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +17,16 @@ from meshd.api import ApiServer
 from meshd.config import Config
 from meshd.ids import InstanceId, ModelId, NodeId
 from meshd.kernel import Board, MonotonicClock
-from meshd.view import HostView, ModelState, ModelView, NodeState, NodeView, Target, View
+from meshd.view import (
+    HostView,
+    ModelState,
+    ModelView,
+    NodeState,
+    NodeView,
+    Target,
+    View,
+    with_local,
+)
 
 DEADLINE_S = 10.0
 
@@ -266,7 +275,7 @@ class Api:
 
     def publish(self, *models: ModelView) -> None:
         table = MappingProxyType({m.id: m for m in models})
-        self.board.publish(replace(self.board.current, models=table))
+        self.board.publish(with_local(self.board.current, table))
 
     def ready(self, slots: int = 4) -> None:
         self.publish(model_view(self.target(slots=slots)))

@@ -48,7 +48,7 @@ async def test_status_has_the_documented_shape(api: Api) -> None:
     assert set(status["node"]) == {
         *("id", "name", "version", "role", "state", "uptime_s", "listen", "peer_listen")
     }
-    assert set(status["mesh"]) == {"id", "name", "members", "alive"}
+    assert set(status["mesh"]) == {"id", "name", "members", "alive", "state", "reason"}
     (model,) = status["models"]
     assert {"id", "ref", "digest", "state", "reason", "progress", "hosts"} <= set(model)
     (host,) = model["hosts"]

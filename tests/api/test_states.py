@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 
 import pytest
 
 from meshd.ids import InstanceId
-from meshd.view import ModelState, NodeState
+from meshd.view import ModelState
 from tests.api.conftest import Starter
 from tests.api.scripted import (
     CHAT,
@@ -121,15 +120,15 @@ async def test_ten_requests_on_four_slots_are_all_served(api: Api) -> None:
     assert [a.status for a in answers] == [200] * 10
 
 
-async def test_a_draining_node_refuses(api: Api) -> None:
-    node = replace(api.board.current.node, state=NodeState.DRAINING)
+async def test_a_node_that_shuts_down_refuses(api: Api) -> None:
     client = await api.connect()
     await client.send(request(CHAT))
     assert (await client.answer()).status == 200
-    api.board.publish(replace(api.board.current, node=node))
+    api.server.refuse_new()
     await client.send(request(CHAT))
     answer = await client.answer()
     assert (answer.status, answer.code) == (503, "node_draining")
+    assert "shutting down" in answer.json()["error"]["message"]
     assert answer.headers["connection"] == "close"
     assert (await api.ask(request(b"", "/readyz", method="GET"))).status == 503
     assert (await api.ask(GET_LIVEZ)).status == 200
