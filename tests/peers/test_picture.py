@@ -1,0 +1,152 @@
+"""Names, and what is shown of other nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+import pytest
+from pydantic import ValidationError
+
+from meshd.ids import InstanceId, ModelId, NodeId
+from meshd.peers.adverts import (
+    MAX_BODY_BYTES,
+    Advert,
+    AdvertBook,
+    describe,
+    slots_from_wire,
+)
+from meshd.peers.picture import Standing, picture, unique_names
+from meshd.view import (
+    DeviceView,
+    HostView,
+    ModelState,
+    ModelView,
+    NodeState,
+    NodeView,
+    PeerState,
+    Role,
+    Target,
+    View,
+)
+
+A, B, C = (NodeId(c * 52) for c in "abc")
+
+
+def view(*models: ModelView, state: NodeState = NodeState.READY, devices: int = 1) -> View:
+    node = NodeView(A, "one", "0.1", "member", state, 0.0, "127.0.0.1:9337", None)
+    device = DeviceView("CPU", "cpu", None, 16_000, 9_500, True, None)
+    return View(node=node, local={m.id: m for m in models}, devices=(device,) * devices)
+
+
+def served(name: str = "m", slots: int = 4) -> ModelView:
+    model = ModelId(name)
+    return ModelView(
+        id=model,
+        ref=name,
+        state=ModelState.READY,
+        digest="d1",
+        hosts=(HostView("one", A, 3, ModelState.READY, 512, slots, slots, 77),),
+        targets=(Target(model, "one", InstanceId(f"~{name}"), "/run/x", slots),),
+    )
+
+
+def put(book: AdvertBook, node: NodeId, body: dict[str, Any], version: int = 1) -> bool:
+    return book.put(node, version, Advert.model_validate(body), {"version": version})
+
+
+def test_a_node_s_advert_comes_out_as_its_models_and_devices() -> None:
+    book = AdvertBook()
+    assert put(book, A, describe(view(served()), "one", Role.MEMBER))
+    own, (peer,) = picture({A: Standing(PeerState.ALIVE, ("h:1",))}, book, {A: 0.002}, B, "two")
+    assert own == "two"
+    assert (peer.name, peer.address, peer.rtt_s) == ("one", "h:1", 0.002)
+    (model,) = peer.models
+    assert (model.id, model.instance, model.slots, model.slots_free) == ("m", "~m", 4, 4)
+    assert (model.digest, model.epoch, model.bytes_on_disk) == ("d1", 3, 77)
+    assert peer.devices[0].memory_free_bytes == 9_000  # in sixteenths: it moves all the time
+
+
+def test_free_slots_are_newer_than_the_advert_and_never_more_than_all() -> None:
+    book = AdvertBook()
+    put(book, A, describe(view(served()), "one", Role.MEMBER))
+    assert book.put_slots(A, {"~m": 1, "~gone": 9})
+    assert not book.put_slots(A, {"~m": 1, "~gone": 9})
+    assert book.models(A)[0].slots_free == 1
+    book.put_slots(A, {"~m": 99})
+    assert book.models(A)[0].slots_free == 4
+
+
+def test_only_a_newer_advert_is_taken() -> None:
+    book = AdvertBook()
+    body = describe(view(served()), "one", Role.MEMBER)
+    assert put(book, A, body, version=5)
+    assert not put(book, A, {**body, "name": "older"}, version=5)
+    assert not put(book, A, {**body, "name": "older"}, version=4)
+    assert put(book, A, {**body, "name": "newer"}, version=6)
+    advert = book.get(A)
+    assert advert is not None
+    assert advert.name == "newer"
+    assert book.envelope(A) == {"version": 6}
+    book.forget(A)
+    assert book.version(A) == -1
+    assert book.models(A) == ()
+
+
+def test_a_client_advertises_no_capacity_and_none_is_believed() -> None:
+    body = describe(view(served()), "one", Role.CLIENT)
+    assert "models" not in body
+    assert "devices" not in body
+    book = AdvertBook()
+    put(book, A, {**describe(view(served()), "one", Role.MEMBER), "role": "client"})
+    assert book.models(A) == ()
+
+
+def test_draining_is_said() -> None:
+    assert describe(view(state=NodeState.DRAINING), "one", Role.MEMBER)["draining"] is True
+    assert describe(view(), "one", Role.MEMBER)["draining"] is False
+
+
+def test_an_advert_fits_and_keeps_what_is_served() -> None:
+    idle = [
+        ModelView(ModelId(f"idle{n:03d}"), "r" * 1000, ModelState.ABSENT, "w" * 1000)
+        for n in range(200)
+    ]
+    body = describe(view(*idle, served("zz-served")), "one", Role.MEMBER)
+    assert len(orjson.dumps(body)) <= MAX_BODY_BYTES
+    assert body["models"][0]["id"] == "zz-served"
+    Advert.model_validate(body)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "bad name\n"},
+        {"name": ""},
+        {"role": "king"},
+        {"models": [{"id": "m"}]},
+        {"models": [{"id": "m", "state": "ready", "slots": -1}]},
+        {"models": [{"id": "m", "state": "ready", "slots": 1 << 40}]},
+        {"models": [{"id": "m", "state": "ready", "progress": 2.0}]},
+        {"models": [{"id": "m" * 300, "state": "ready"}]},
+        {"devices": [{"name": "x"}]},
+        {"draining": "yes"},
+    ],
+)
+def test_a_malformed_advert_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Advert.model_validate({**describe(view(), "one", Role.MEMBER), **change})
+
+
+def test_slots_are_read_as_far_as_they_are_some() -> None:
+    assert slots_from_wire({"a": 1, "b": -1, "c": True, "d": "2", "e" * 300: 1}) == {"a": 1}
+    assert slots_from_wire([1]) == {}
+
+
+def test_a_taken_name_gets_a_suffix_and_the_smallest_id_keeps_it() -> None:
+    assert unique_names({C: "gpu", A: "gpu", B: "cpu"}) == {C: "gpu-cccc", A: "gpu", B: "cpu"}
+
+
+def test_a_node_without_an_advert_goes_by_its_id() -> None:
+    _, (peer,) = picture({A: Standing(PeerState.DEAD, ())}, AdvertBook(), {}, B, "two")
+    assert (peer.name, peer.address, peer.models, peer.rtt_s) == ("aaaaaaaa", None, (), None)
