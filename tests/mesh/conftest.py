@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from bench.compiled import binary
 from tests.mesh.network import Network, missing
 from tests.mesh.nodes import Lan
 from tests.node.conftest import short_dir
@@ -56,6 +58,20 @@ def engine_lan(
 ) -> Iterator[Lan]:
     """Nodes with a real llama-server."""
     lan = Lan(network, short_dir, measured, engine_dir)
+    yield lan
+    lan.close()
+
+
+@pytest.fixture
+def mock_lan(network: Network, short_dir: Path, measured: list[str]) -> Iterator[Lan]:
+    """Nodes with the benchmarks' engine: it makes no text, but streams of a length and pace that
+    a test can choose."""
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler for the mock engine (Debian: apt install gcc)")
+    directory = short_dir / "mock-engine"
+    directory.mkdir()
+    (directory / "llama-server").symlink_to(binary("mock_engine"))
+    lan = Lan(network, short_dir, measured, directory)
     yield lan
     lan.close()
 

@@ -55,6 +55,21 @@ class MeshNode(Daemon):
             super().start()
         return self
 
+    def ends(self, *, timeout_s: float = 30.0) -> tuple[int, str]:
+        """Run it to its own end: its exit code, and the last line it wrote on standard error."""
+        self.data_dir.mkdir(exist_ok=True)
+        with self.host.inside():
+            done = subprocess.run(
+                self._command,
+                env=self._environ,
+                capture_output=True,
+                text=True,
+                timeout=timeout_s,
+                check=False,
+            )
+        lines = done.stderr.strip().splitlines()
+        return done.returncode, lines[-1] if lines else ""
+
     def request(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
     ) -> tuple[int, dict[str, str], bytes]:
