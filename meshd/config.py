@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import socket
 import tomllib
 from collections.abc import Mapping
@@ -24,7 +25,13 @@ SECTION_SEPARATOR = "__"
 """`MESHD_API__QUEUE_PER_MODEL=64` sets `queue_per_model` of section `api`."""
 
 Seconds = Annotated[float, Field(ge=0, le=86_400)]
-Address = Annotated[str, StringConstraints(pattern=r"^(\[[0-9A-Fa-f:.]+\]|[^:\[\]\s]+):\d{1,5}$")]
+_ADDRESS = r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]\s]+):\d{1,5}"
+Address = Annotated[str, StringConstraints(pattern=f"^{_ADDRESS}$")]
+
+INVITE_PREFIX = "meshd1-"
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+"""Names of nodes and meshes."""
 
 
 class Section(BaseModel):
@@ -104,7 +111,7 @@ class PeerSettings(Section):
 class Config(Section):
     """The effective configuration. Top-level names are those of the flags of `meshd run`."""
 
-    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+    name: Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
     """Name of this node, for people; default: the machine's host name."""
     listen: Address = "127.0.0.1:9337"
     """API address. An address other than loopback is refused without an API key."""
@@ -113,12 +120,11 @@ class Config(Section):
     advertise: tuple[Address, ...] = ()
     """Addresses other nodes are told to use, HOST:PORT; default: those of this machine's network
     interfaces. Needed behind NAT."""
-    mesh: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] = (
-        "default"
-    )
+    mesh: Annotated[str, StringConstraints(pattern=NAME_PATTERN)] = "default"
     """Name of the mesh this node founds if it belongs to none and joins none."""
-    join: tuple[str, ...] = ()
-    """Invite tokens, the name of a mesh, or HOST:PORT of members of the mesh this node is in."""
+    join: tuple[str, ...] = Field((), repr=False)
+    """Invite tokens (secrets), the name of a mesh, or HOST:PORT of members of the mesh this node
+    is in."""
     client: bool = False
     """Use the mesh and host nothing: no engine, no capacity in the advert."""
     mdns: bool = True
@@ -211,6 +217,7 @@ def load(
     except ValidationError as error:
         raise BadConfig(_explain(error, sources)) from None
     config = _with_key_file(config)
+    _check_ports(config)
     _check_exposure(config)
     return Loaded(config, {k: v for k, v in sources.items() if v != "default"})
 
@@ -228,6 +235,25 @@ def split_address(address: str) -> tuple[str, int]:
     """`127.0.0.1:9337` or `[::1]:9337` as (host, port)."""
     host, _, port = address.rpartition(":")
     return host.strip("[]"), int(port)
+
+
+def is_address(text: str) -> bool:
+    """Whether `text` is HOST:PORT of somebody who can be dialled; IPv6 in brackets."""
+    return bool(re.fullmatch(_ADDRESS, text)) and 0 < split_address(text)[1] <= 65_535
+
+
+def is_invite(text: str) -> bool:
+    """Whether `text` claims to be an invite token, whatever it is worth."""
+    return text.strip().lower().startswith(INVITE_PREFIX)
+
+
+def masked(value: Any) -> Any:
+    """`value`, or what is in it, with every invite token replaced by `(invite)`."""
+    if isinstance(value, str):
+        return "(invite)" if is_invite(value) else value
+    if isinstance(value, (list, tuple)):
+        return [masked(item) for item in value]
+    return value
 
 
 def is_loopback(host: str) -> bool:
@@ -340,7 +366,7 @@ def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:
     for problem in error.errors(include_url=False):
         key = ".".join(str(part) for part in problem["loc"])
         source = next((v for k, v in sources.items() if key == k or key.startswith(f"{k}.")), "")
-        given = "" if "key" in key else f" (given: {problem['input']!r})"
+        given = "" if "key" in key else f" (given: {masked(problem['input'])!r})"
         lines.append(f"`{key}` from {source or 'default'}: {problem['msg']}{given}")
     return "; ".join(lines)
 
@@ -361,10 +387,20 @@ def _with_key_file(config: Config) -> Config:
     return config.model_copy(update={"api_key": key})
 
 
+def _check_ports(config: Config) -> None:
+    for key, address in (("listen", config.listen), ("peer_listen", config.peer_listen)):
+        if split_address(address)[1] > 65_535:  # 0 lets the system choose
+            raise BadConfig(f"`{key}` {address}: a port is 0 to 65535", param=key)
+    for address in config.advertise:
+        if not is_address(address) or not address.isascii() or len(address) > 270:
+            raise BadConfig(
+                f"`advertise` {address}: give HOST:PORT as others can dial it, port 1 to 65535",
+                param="advertise",
+            )
+
+
 def _check_exposure(config: Config) -> None:
-    host, port = config.listen_address
-    if not 0 <= port <= 65_535:
-        raise BadConfig(f"`listen` {config.listen}: a port is 0 to 65535")
+    host, _ = config.listen_address
     if not is_loopback(host) and config.api_key is None:
         raise BadConfig(
             f"`listen` {config.listen} can be reached from other machines; set an API key "

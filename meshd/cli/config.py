@@ -43,6 +43,4 @@ def _value(loaded: configuration.Config, key: str) -> Any:
         value = getattr(value, part)
     if key in SECRETS and value is not None:
         return "(set)"
-    if isinstance(value, Path):
-        return str(value)
-    return list(value) if isinstance(value, tuple) else value
+    return str(value) if isinstance(value, Path) else configuration.masked(value)

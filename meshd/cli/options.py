@@ -64,3 +64,15 @@ def duration(seconds: float) -> str:
     if whole < 86_400:
         return f"{whole // 3600}h {whole % 3600 // 60}m"
     return f"{whole // 86_400}d {whole % 86_400 // 3600}h"
+
+
+def round_trip(milliseconds: float | None) -> str:
+    """`0.3417` as `0.34 ms`."""
+    if milliseconds is None:
+        return "-"
+    return f"{milliseconds:.2f} ms" if milliseconds < 10 else f"{milliseconds:.0f} ms"
+
+
+def short_id(identifier: str) -> str:
+    """As much of the id of a node or a mesh as tells it from others."""
+    return identifier[:8]

@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import click
 
 from meshd import config
+from meshd.errors import BadConfig
 
 
 @click.command()
 @click.option("--model", multiple=True, metavar="REF", help="Load this model; may be repeated.")
+@click.option(
+    "--join",
+    multiple=True,
+    metavar="MESH",
+    help="An invite token, or the name or a member's HOST:PORT of a mesh this node is in; may be "
+    "repeated (MESHD_JOIN keeps a token out of the process list).",
+)
+@click.option(
+    "--mesh", metavar="NAME", help="Name of the mesh to found if it is in none (default: default)."
+)
+@click.option("--client", is_flag=True, default=None, help="Use the mesh, host nothing.")
 @click.option("--name", help="Name of this node (default: the host name).")
 @click.option("--listen", metavar="HOST:PORT", help="API address (default 127.0.0.1:9337).")
-@click.option("--peer-listen", metavar="HOST:PORT", help="Address for other nodes; not served yet.")
-@click.option("--mesh", metavar="NAME", help="Name of the mesh; of one node for now.")
-@click.option("--no-mdns", is_flag=True, help="Do not look for nodes on the LAN.")
+@click.option(
+    "--peer-listen", metavar="HOST:PORT", help="Port for other nodes (default 0.0.0.0:9338)."
+)
+@click.option(
+    "--advertise",
+    multiple=True,
+    metavar="HOST:PORT",
+    help="Tell others to reach this node here; may be repeated (default: its interfaces).",
+)
+@click.option(
+    "--no-mdns", is_flag=True, help="Do not look for members on the LAN, nor be found there."
+)
 @click.option("--api-key", help="Ask clients for this key (prefer --api-key-file).")
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="File with the API key.")
 @click.option(
@@ -35,6 +57,27 @@ def run(config_file: Path | None, no_mdns: bool, **flags: Any) -> int:
     flags["mdns"] = False if no_mdns else None
     values = {key: str(v) if isinstance(v, Path) else v for key, v in flags.items()}
     loaded = config.load(values, file=config_file)
+    check_join(loaded.config.join)
     from meshd.node import run as run_node  # late: a usage error needs no daemon
 
     return run_node(loaded)
+
+
+def check_join(wishes: tuple[str, ...]) -> None:
+    """Refuse what can never let this node in, before anything is started or written.
+
+    Raises BadInvite for a token that is none, is cut off or has run out, BadConfig for what is
+    neither a token nor a name nor an address. The message does not repeat a token.
+    """
+    for wish in wishes:
+        if config.is_invite(wish):
+            from meshd.peers.invites import decode_invite  # late: few starts have a token
+
+            decode_invite(wish)
+        elif not config.is_address(wish) and not re.fullmatch(config.NAME_PATTERN, wish):
+            shown = wish if len(wish) <= 24 else f"{wish[:8]}… ({len(wish)} characters)"
+            raise BadConfig(
+                f"`join` {shown!r} is no invite token (meshd1-…), no HOST:PORT and no name of a "
+                "mesh; `meshd invite` on a member prints a token",
+                param="join",
+            )

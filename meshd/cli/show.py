@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from meshd import __version__
+from meshd.cli.mesh import mesh_line, print_peers
 from meshd.cli.options import admin, data_dir_option, duration, json_option, print_json, size
 
 
@@ -29,6 +30,7 @@ def status(data_dir: Path | None, as_json: bool) -> int:
         f"[bold]{escape(node['name'])}[/] {node['state']}, up {duration(node['uptime_s'])}, "
         f"meshd {node['version']}, API http://{node['listen']}/v1"
     )
+    out.print(f"mesh     {escape(mesh_line(answer['mesh']))}")
     if runtime is None:
         out.print("engine   none yet; `meshd runtime build --backend cpu` makes one")
     else:
@@ -49,6 +51,9 @@ def status(data_dir: Path | None, as_json: bool) -> int:
             f"{size(cache['free_bytes'])} free on disk"
         )
     _print_models(out, answer["models"])
+    if answer["peers"]:
+        out.print()
+        print_peers(out, answer["peers"])
     return 0
 
 
