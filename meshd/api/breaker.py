@@ -109,7 +109,7 @@ class Breakers:
             return  # sent before it opened; a burst that breaks together is one failure
         circuit.fault, circuit.reason = fault, reason
         circuit.faults += 1
-        if probe or fault is Fault.UNREACHABLE or circuit.faults >= FAULTS_TO_OPEN:
+        if circuit.openings or fault is Fault.UNREACHABLE or circuit.faults >= FAULTS_TO_OPEN:
             circuit.retry_at = now + min(BACKOFF_LAST_S, BACKOFF_FIRST_S * 2**circuit.openings)
             circuit.openings += 1
 

@@ -3,9 +3,12 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+import pytest
+
+from meshd.api.breaker import Shut
 from meshd.api.refusals import of_route
-from meshd.api.route import Failed, NotFound, NotReady, choose, route
-from meshd.ids import InstanceId, ModelId
+from meshd.api.route import Broken, Failed, NotFound, NotReady, choose, route
+from meshd.ids import InstanceId, ModelId, NodeId
 from meshd.view import ModelState, ModelView, Target
 from tests.api.scripted import model_view
 
@@ -14,6 +17,11 @@ RNG = random.Random(7)
 
 def target(name: str, *, slots: int = 4, local: bool = True) -> Target:
     return Target(ModelId("m"), "node1", InstanceId(name), f"/run/{name}.sock", slots, local)
+
+
+def remote(name: str, *, slots: int = 4, free: int = 4) -> Target:
+    node = NodeId(f"node of {name}")
+    return Target(ModelId("m"), node, InstanceId(name), "", slots, False, node, free)
 
 
 def view(*models: ModelView) -> dict[ModelId, ModelView]:
@@ -100,3 +108,64 @@ def test_a_model_nobody_loads_is_not_promised_for_later() -> None:
     error = of_route("m", outcome)
     assert (error.status, error.code) == (404, "model_not_found")
     assert "`meshd load m`" in error.message
+
+
+@pytest.mark.parametrize(
+    ("own", "free", "ours", "winner"),
+    [
+        (0, 4, 0, "here"),  # a tie
+        (1, 4, 0, "there"),
+        (1, 3, 0, "here"),  # a tie again
+        (2, 2, 0, "here"),
+        (3, 2, 0, "there"),
+        (4, 1, 0, "there"),  # a free slot before none
+        (4, 0, 0, "here"),
+        (5, 0, 0, "there"),  # both full: the one with less
+        (2, 4, 3, "here"),  # what was reported is older than what we sent since
+        (3, 3, 2, "there"),
+        (0, -3, 0, "here"),
+        (1, 99, 0, "there"),
+    ],
+)
+def test_here_or_there(own: int, free: int, ours: int, winner: str) -> None:
+    here, there = target("here"), remote("there", free=free)
+    counts = {InstanceId("here"): own, InstanceId("there"): ours}
+    for pair in ((here, there), (there, here)):
+        assert choose(pair, counts, RNG).instance == winner
+
+
+def test_chance_decides_between_equals_elsewhere() -> None:
+    pair = (remote("one"), remote("two"))
+    rng = random.Random(3)
+    counts = Counter(choose(pair, {}, rng).instance for _ in range(200))
+    assert min(counts["one"], counts["two"]) > 60  # type: ignore[index]
+
+
+def shut(after_s: float, *, answers: bool = False) -> Shut:
+    return Shut(after_s, answers, f"broke, {after_s}")
+
+
+def test_open_circuits_are_left_out() -> None:
+    one, two, three = remote("one"), remote("two"), remote("three")
+    models = view(model_view(one, two, three))
+    broken = {InstanceId("one"): shut(1.0), InstanceId("three"): shut(2.0, answers=True)}
+    for _ in range(20):
+        assert route("m", models, {InstanceId("two"): 99}, RNG, frozenset(), broken) is two
+
+
+def test_what_answers_with_errors_is_better_than_nothing() -> None:
+    one, two = remote("one"), remote("two")
+    broken = {InstanceId("one"): shut(1.0), InstanceId("two"): shut(2.0, answers=True)}
+    assert route("m", view(model_view(one, two)), {}, RNG, frozenset(), broken) is two
+    alone = {InstanceId("two"): shut(2.0, answers=True)}
+    assert route("m", view(model_view(two)), {}, RNG, frozenset(), alone) is two
+
+
+def test_with_nothing_but_broken_engines_it_fails_fast_and_says_when() -> None:
+    models = view(model_view(remote("one"), remote("two")))
+    broken = {InstanceId("one"): shut(5.0), InstanceId("two"): shut(2.0)}
+    outcome = route("m", models, {}, RNG, frozenset(), broken)
+    assert outcome == Broken(ModelId("m"), "broke, 2.0", 2.0)
+    error = of_route("m", outcome)
+    assert (error.status, error.code, error.retry_after_s) == (502, "upstream_failed", 2.0)
+    assert "broke, 2.0" in error.message
