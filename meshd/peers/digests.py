@@ -51,9 +51,10 @@ class Buckets:
         return tuple(n for n, (ours, other) in enumerate(pairs) if ours != other)
 
 
-def chunks(updates: Iterable[Update], limit_bytes: int = SYNC_BYTES) -> Iterator[tuple[Update, ...]]:
-    """In order, each within `limit_bytes` unless it is a single update. At least one, maybe empty.
-    """
+def chunks(
+    updates: Iterable[Update], limit_bytes: int = SYNC_BYTES
+) -> Iterator[tuple[Update, ...]]:
+    """In order, each within `limit_bytes` unless it is a single update. At least one, maybe empty."""
     chunk: list[Update] = []
     size = 0
     for update in updates:

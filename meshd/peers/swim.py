@@ -1,0 +1,471 @@
+"""Membership: which other nodes there are and how they are; a pure machine.
+
+SWIM (Das, Gupta, Motivala 2002) with suspicion, Lifeguard (Dadgar, Phillips, Currey 2018), and
+anti-entropy. The shell checks signatures before it posts, sends what it is told to, and may lose
+any of it. Rules, numbered as in the code:
+
+1. Every `probe_interval_s` one member is probed: directly, then through others (`probing`).
+2. Nobody answered: we suspect it, tell everyone and it too, and try it several times a second until
+   the suspicion ends in its refutation or its death (`suspicions`). Who only hears of a suspicion
+   leaves that work to whoever raised it, and looks for itself if nothing follows.
+3. A lost link is a suspicion at once; a refused dial after it, twice, is a death.
+4. Liveness comes from a node itself only: its answers, its link, its newer statements. What a third
+   party mentions refreshes nothing. Answers postpone a verdict; only a statement of a higher
+   incarnation ends a suspicion or a death, and does so at once.
+5. Whoever is wrong about us is refuted (`own_word`), the accuser first.
+6. News ride on every message and, while there are any, are pushed to a few members several times a
+   second (`broadcasts`); what is missed on the way is found by digests (`digests`).
+7. The dead are tried again, and told that they are held dead: that heals partitions. Those that
+   left are not. Both are forgotten with age.
+8. A node that leaves says so to some members at once, and probes nobody any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, assert_never
+
+from meshd.ids import NodeId
+from meshd.kernel.machine import Tick
+from meshd.peers import alarms
+from meshd.peers.agenda import Agenda
+from meshd.peers.alarms import Alarm
+from meshd.peers.awareness import Awareness
+from meshd.peers.errands import Errands
+from meshd.peers.exchange import Exchange
+from meshd.peers.gossip import (
+    Ack,
+    AdvertNewer,
+    Alive,
+    Dead,
+    DialRefused,
+    Digest,
+    Effect,
+    Event,
+    Gossip,
+    LinkLost,
+    MemberChanged,
+    Message,
+    MessageReceived,
+    Nack,
+    NodeMet,
+    NodeRevoked,
+    Ping,
+    PingReq,
+    SelfImpersonated,
+    SelfStated,
+    StateSelf,
+    Suspect,
+    Sync,
+    Update,
+    Why,
+)
+from meshd.peers.members import Charge, Member, believable, joined
+from meshd.peers.outbox import Outbox
+from meshd.peers.own_word import OwnWord, Verdict
+from meshd.peers.probing import Probing
+from meshd.peers.roster import Chance, Roster
+from meshd.peers.suspicions import End, Suspicions
+from meshd.peers.throttle import Throttle
+from meshd.peers.timing import Timing
+from meshd.view import PeerState
+
+MOST_REVOKED: Final = 65_536
+"""Full-policy: the first falls out; the handshake still refuses it."""
+FAREWELLS: Final = 8
+TELL_AGAIN_S: Final = 0.5
+"""Between two messages to one node whose only purpose is to say that it is suspected or dead."""
+STALL_DOUBT: Final = 2
+
+
+class Swim:
+    """See the module's docstring. Equal chance and equal events give equal effects."""
+
+    def __init__(self, self_id: NodeId, timing: Timing, chance: Chance) -> None:
+        self._self_id = self_id
+        self._timing = timing
+        self._chance = chance
+        self._agenda: Agenda[Alarm] = Agenda()
+        self._awareness = Awareness()
+        self._own = OwnWord()
+        self._roster = Roster(self_id, chance)
+        self._out = Outbox(self._roster)
+        self._probing = Probing(self._roster, self._out, self._agenda, self._awareness, timing)
+        self._errands = Errands(self._out, self._agenda, timing.relay_timeout_s)
+        self._suspicions = Suspicions(self._roster, self._out, self._agenda, timing)
+        self._exchange = Exchange(self_id, self._roster, self._out)
+        self._revoked: dict[NodeId, None] = {}
+        self._tells = Throttle(TELL_AGAIN_S, 1024)
+        self._push_at = 0.0
+        self._started = False
+
+    @property
+    def members(self) -> Mapping[NodeId, Member]:
+        """All other nodes that are known, tombstones included; read only, changes under way."""
+        return self._roster.members
+
+    @property
+    def statement(self) -> Alive | None:
+        """Our own last word."""
+        return self._own.statement
+
+    @property
+    def health(self) -> int:
+        """0: well; more: our own probes fail in ways that are probably our fault."""
+        return self._awareness.score
+
+    def due(self) -> float | None:
+        return self._agenda.due()
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        self._forgive_stall(now)
+        if not self._started and not self._own.left:
+            self._start(now)
+        match event:
+            case MessageReceived():
+                self._receive(event.sender, event.message, now)
+            case NodeMet():
+                self._meet(event.statement, now)
+            case LinkLost():
+                self._lose_link(event.node, now)
+            case DialRefused():
+                self._refuse(event.node, now)
+            case SelfStated():
+                self._state(event.statement, now)
+            case NodeRevoked():
+                self._revoke(event.node)
+            case Tick():
+                pass
+            case _:
+                assert_never(event)
+        while (alarm := self._agenda.try_take(now)) is not None:
+            self._ring(alarm, now)
+        self._push(now)
+        return self._out.take()
+
+    # -- time -------------------------------------------------------------------------------------
+
+    def _forgive_stall(self, now: float) -> None:
+        due = self._agenda.due()
+        if due is None or now - due <= self._timing.stall_s:
+            return
+        self._agenda.postpone(now - due)
+        self._suspicions.postpone(now - due)
+        self._awareness.doubt(STALL_DOUBT)
+
+    def _start(self, now: float) -> None:
+        """Everyone at a phase of its own: nodes started together must not probe together."""
+        self._started = True
+        timing, random = self._timing, self._chance.random
+        self._agenda.set(alarms.NextProbe(), now + timing.probe_interval_s * random())
+        self._agenda.set(alarms.NextDigest(), now + timing.digest_interval_s * random())
+        self._agenda.set(alarms.NextRetry(), now + timing.retry_interval_s * random())
+
+    def _ring(self, alarm: Alarm, now: float) -> None:
+        match alarm:
+            case alarms.NextProbe():
+                self._probe(now)
+            case alarms.DirectTimeout(seq):
+                self._probing.ask_others(seq, now)
+            case alarms.ProbeTimeout(seq):
+                self._fail_probe(seq, now)
+            case alarms.ErrandTimeout(seq):
+                self._errands.give_up(seq)
+            case alarms.NextReprobe(node):
+                self._suspicions.reprobe(node, now)
+            case alarms.SuspicionEnds(node):
+                self._end_suspicion(node, now)
+            case alarms.NextDigest():
+                self._agenda.set(alarm, now + self._timing.digest_interval_s)
+                self._exchange.compare_with_any()
+            case alarms.NextRetry():
+                self._retry(now)
+            case alarms.TombstoneAges(node):
+                self._forget(node, Why.FORGOTTEN)
+            case alarms.NextPush():
+                pass  # every event ends with it
+            case _:
+                assert_never(alarm)
+
+    def _probe(self, now: float) -> None:  # 1
+        self._agenda.set(alarms.NextProbe(), now + self._timing.probe_interval_s)
+        target = self._roster.try_next(
+            lambda n: self._suspicions.is_own(n) or self._probing.runs_for(n)
+        )
+        if target is not None:
+            self._probing.start(target, now)
+
+    def _fail_probe(self, seq: int, now: float) -> None:
+        failure = self._probing.give_up(seq)
+        if failure is None:
+            return
+        self._suspect(failure.target, Why.NO_ANSWER, now)  # 2
+        for relay in failure.silent:
+            if not self._suspicions.is_own(relay):
+                self._probing.follow(relay, now)
+
+    def _end_suspicion(self, node: NodeId, now: float) -> None:
+        end, why = self._suspicions.end(node, now)
+        if end is End.DEATH:
+            self._bury(node, why, now)
+        elif end is End.LOOK:
+            self._probing.follow(node, now)
+
+    def _retry(self, now: float) -> None:  # 7
+        self._agenda.set(alarms.NextRetry(), now + self._timing.retry_interval_s)
+        dead = self._roster.dead()
+        share = self._timing.retries_per_dead * len(dead) / (self._roster.living() + 1)
+        if dead and self._chance.random() < share:
+            node = dead[int(self._chance.random() * len(dead))]
+            self._out.ping(node, self._out.next_seq())
+
+    def _push(self, now: float) -> None:  # 6
+        if not self._out.news:
+            return
+        if now >= self._push_at:
+            self._push_at = now + self._timing.gossip_interval_s
+            for node in self._roster.sample(self._timing.gossip_fanout):
+                self._out.gossip(node)
+        if self._out.news and self._roster.living():
+            self._agenda.set(alarms.NextPush(), self._push_at)
+
+    # -- messages ---------------------------------------------------------------------------------
+
+    def _receive(self, sender: NodeId, message: Message, now: float) -> None:
+        if sender == self._self_id or sender in self._revoked:
+            return
+        self._suspicions.live(sender, now)  # 4
+        outdated = False
+        match message:
+            case Sync():
+                outdated = self._learn_all(sender, message.updates, now)
+                self._exchange.answer_sync(sender, message, self._own.statement, now)
+            case Digest():
+                self._exchange.answer_digest(sender, message, self._own.statement, now)
+            case Ping() | Ack() | PingReq() | Nack() | Gossip():
+                outdated = self._hear_all(sender, message.updates, now)
+            case _:
+                assert_never(message)
+        own = (self._own.statement,) if outdated and self._own.statement is not None else ()
+        match message:
+            case Ping():
+                self._out.ack(sender, message.seq, *own)
+                return
+            case Ack():
+                self._probing.acked(sender, message.seq, now)
+                self._suspicions.acked(message.seq, now)
+                self._errands.acked(sender, message.seq)
+            case Nack():
+                self._probing.nacked(sender, message.seq)
+            case PingReq() if message.target == self._self_id:
+                self._out.ack(sender, message.seq)
+            case PingReq():
+                self._errands.run(sender, message.seq, message.target, now)
+            case _:
+                pass
+        if own:
+            self._out.gossip(sender, *own)
+        else:
+            self._tell(sender, now)
+
+    def _tell(self, node: NodeId, now: float) -> None:
+        """It lives, and may not know what is held against it."""
+        member = self._roster.get(node)
+        if member is not None and member.accusation() and self._tells.try_pass(node, now):
+            self._out.gossip(node)
+
+    def _hear_all(self, sender: NodeId, updates: tuple[Update, ...], now: float) -> bool:
+        """Take news; whether some were outdated words about us."""
+        outdated = False
+        for update in updates:
+            if update.node == self._self_id:
+                outdated |= self._answer_for_self(update, sender, now)
+            else:
+                self._merge(update, sender, Why.TOLD, now)
+        return outdated
+
+    def _learn_all(self, sender: NodeId, updates: tuple[Update, ...], now: float) -> bool:
+        """Take what a Sync holds. The same as news, but: a death is a lead, and who learns of a
+        node in this way tells nobody, for the list that a newcomer gets is news only to it."""
+        outdated = False
+        for update in updates:
+            if update.node == self._self_id:
+                outdated |= self._answer_for_self(update, sender, now)
+            elif isinstance(update, Alive):
+                known = update.node in self._roster.members
+                if known or not update.left:
+                    self._merge(update, sender, Why.TOLD, now, tell=known)
+            else:
+                member = self._roster.get(update.node)
+                alive = member is not None and member.state is PeerState.ALIVE
+                if member is not None and alive and update.incarnation >= member.incarnation:
+                    self._probing.follow(update.node, now, update)
+        return outdated
+
+    # -- what happens to members ------------------------------------------------------------------
+
+    def _merge(
+        self, update: Update, source: NodeId, why: Why, now: float, *, tell: bool = True
+    ) -> None:
+        """Take one update about another node; `source` is where we have it from, maybe us."""
+        node = update.node
+        old = self._roster.get(node)
+        if node in self._revoked or node == self._self_id or not believable(update, old):
+            return
+        if isinstance(update, Alive):
+            by = None if source == node else source
+            if old is not None and old.state in (PeerState.SUSPECT, PeerState.DEAD):
+                why = Why.REFUTED
+            why = Why.LEFT if update.left else why
+        else:
+            by = None if update.by == self._self_id else update.by
+        new = joined(old, update, now, why, by)
+        if new is None:
+            self._confirm(update, old)
+        elif self._make_room(node):
+            self._put(old, new, now)
+            if new.version > (old.version if old is not None else -1):
+                self._out.emit(AdvertNewer(node, new.version, source))
+            told = update if isinstance(update, Alive) else new.accusation()
+            changed = old is None or old.state is not new.state or isinstance(update, Alive)
+            if tell and changed and told is not None:
+                self._out.news.put(told)
+
+    def _confirm(self, update: Update, old: Member | None) -> None:
+        if (
+            isinstance(update, Suspect)
+            and old is not None
+            and old.accused == update.incarnation
+            and old.accuser != update.by
+            and update.by != self._self_id
+            and self._suspicions.try_confirm(update.node, update.by)
+        ):
+            self._out.news.put(update)
+
+    def _put(self, old: Member | None, new: Member, now: float) -> None:
+        node = new.node
+        self._roster.put(new)
+        before = old.state if old is not None else None
+        if before is new.state:
+            return
+        self._out.emit(MemberChanged(node, before, new.state, new.why, new.by))
+        if not new.lives:
+            self._suspicions.clear(node)
+            self._probing.drop(node)
+            left = new.state is PeerState.LEFT
+            kept_s = self._timing.left_kept_s if left else self._timing.dead_kept_s
+            self._agenda.set(alarms.TombstoneAges(node), now + kept_s)
+            return
+        self._agenda.cancel(alarms.TombstoneAges(node))
+        if new.state is PeerState.ALIVE:
+            self._suspicions.clear(node)
+            if before is PeerState.DEAD:
+                self._exchange.compare_revived(node, now)
+        else:
+            self._suspicions.hear(node, now)
+            if new.charges == Charge.DECLARED_DEAD:
+                self._probing.follow(node, now)
+
+    def _suspect(self, node: NodeId, why: Why, now: float, *, link_lost: bool = False) -> None:
+        member = self._roster.get(node)
+        if member is None or not member.lives:
+            return
+        word = Suspect(node, member.incarnation, self._self_id)
+        self._merge(word, self._self_id, why, now)
+        member = self._roster.get(node)
+        if member is not None and member.state is PeerState.SUSPECT:
+            if not self._suspicions.is_own(node):
+                self._out.news.put(word)
+            self._suspicions.adopt(node, now, link_lost=link_lost)
+
+    def _bury(self, node: NodeId, why: Why, now: float) -> None:
+        member = self._roster.get(node)
+        if member is not None:
+            self._merge(Dead(node, member.incarnation, self._self_id), self._self_id, why, now)
+
+    def _forget(self, node: NodeId, why: Why) -> None:
+        member = self._roster.remove(node)
+        if member is not None:
+            self._out.emit(MemberChanged(node, member.state, None, why))
+        self._agenda.cancel(alarms.TombstoneAges(node))
+        self._suspicions.clear(node)
+        self._probing.drop(node)
+        self._out.news.drop(node)
+
+    def _make_room(self, node: NodeId) -> bool:
+        evicted, room = self._roster.try_make_room(node)
+        if evicted is not None:
+            self._out.emit(MemberChanged(evicted.node, evicted.state, None, Why.FORGOTTEN))
+            self._agenda.cancel(alarms.TombstoneAges(evicted.node))
+        return room
+
+    # -- links ------------------------------------------------------------------------------------
+
+    def _meet(self, statement: Alive, now: float) -> None:
+        node = statement.node
+        if node == self._self_id:
+            self._answer_for_self(statement, node, now)
+        elif node not in self._revoked:
+            self._merge(statement, node, Why.MET, now)
+            self._suspicions.live(node, now)  # 4
+            self._tell(node, now)
+            if self._self_id < node:  # one of both is enough
+                self._exchange.compare_with(node)
+
+    def _lose_link(self, node: NodeId, now: float) -> None:  # 3
+        self._probing.drop(node)
+        self._suspect(node, Why.LINK_LOST, now, link_lost=True)
+
+    def _refuse(self, node: NodeId, now: float) -> None:  # 3
+        self._probing.drop(node)
+        if not self._suspicions.is_own(node):
+            self._suspect(node, Why.REFUSED, now)
+        if self._suspicions.refuse(node, now):
+            self._bury(node, Why.REFUSED, now)
+
+    def _revoke(self, node: NodeId) -> None:
+        if len(self._revoked) >= MOST_REVOKED and node not in self._revoked:
+            del self._revoked[next(iter(self._revoked))]
+        self._revoked[node] = None
+        self._forget(node, Why.REVOKED)
+
+    # -- ourselves --------------------------------------------------------------------------------
+
+    def _answer_for_self(self, update: Update, source: NodeId, now: float) -> bool:  # 5
+        """Refute what is wrong; whether it is merely outdated, and the source should hear more."""
+        if not believable(update, None) and not isinstance(update, Alive):
+            return False
+        match self._own.judge(update):
+            case Verdict.KNOWN:
+                return False
+            case Verdict.OUTDATED:
+                return True
+            case Verdict.STOLEN if isinstance(update, Alive):
+                self._out.emit(SelfImpersonated(update))
+            case _:
+                self._own.accused_by(source, *(() if isinstance(update, Alive) else (update.by,)))
+        incarnation = self._own.try_refute(update.incarnation, now)
+        if incarnation is not None:
+            self._awareness.doubt()
+            self._out.emit(StateSelf(incarnation))
+        return False
+
+    def _state(self, statement: Alive, now: float) -> None:
+        before = self._own.statement
+        if statement.node != self._self_id or not self._own.try_state(statement):
+            return
+        if before is not None:
+            self._roster.buckets.toggle(before)
+        self._roster.buckets.toggle(statement)
+        self._out.news.put(statement)
+        if statement.left:  # 8
+            self._started = False
+            for alarm in (alarms.NextProbe(), alarms.NextDigest(), alarms.NextRetry()):
+                self._agenda.cancel(alarm)
+            for node in self._roster.sample(FAREWELLS):
+                self._out.gossip(node, statement)
+        elif not self._started:
+            self._start(now)
+        for accuser in self._own.take_accusers():
+            if accuser != self._self_id:
+                self._out.gossip(accuser, statement)

@@ -1,0 +1,1 @@
+"""Membership machines in virtual time: one seed, one run."""
