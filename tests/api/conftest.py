@@ -10,6 +10,7 @@ import pytest
 import uvloop
 
 from meshd.config import ApiSettings, Config
+from tests.api.links import Links
 from tests.api.scripted import Api, Engine
 
 Starter = Callable[..., Awaitable[Api]]
@@ -26,6 +27,7 @@ async def start_api(tmp_path: Path) -> AsyncIterator[Starter]:
             for key in ("api_key", "drain_s", "listen", "name")
             if key in settings
         }
+        connect_remote = settings.pop("connect_remote", None)
         config = Config(
             **{"name": "node1", "listen": "127.0.0.1:0", **top},
             data_dir=tmp_path,
@@ -34,7 +36,7 @@ async def start_api(tmp_path: Path) -> AsyncIterator[Starter]:
         )
         engine = Engine(tmp_path / f"e{len(running)}.sock")
         await engine.start()
-        api = Api(config, engine)
+        api = Api(config, engine, connect_remote)
         await api.start()
         api.ready()
         running.append(api)
@@ -44,6 +46,13 @@ async def start_api(tmp_path: Path) -> AsyncIterator[Starter]:
     for api in running:
         await api.stop()
         await api.engine.stop()
+
+
+@pytest.fixture
+async def links(tmp_path: Path) -> AsyncIterator[Links]:
+    made = Links(tmp_path)
+    yield made
+    await made.close()
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 
 from meshd.api import ApiServer
+from meshd.api.pool import ConnectRemote
 from meshd.config import Config
 from meshd.ids import InstanceId, ModelId, NodeId
 from meshd.kernel import Board, MonotonicClock
@@ -23,9 +24,13 @@ from meshd.view import (
     ModelView,
     NodeState,
     NodeView,
+    PeerModel,
+    PeerState,
+    PeerView,
     Target,
     View,
     with_local,
+    with_peers,
 )
 
 DEADLINE_S = 10.0
@@ -214,7 +219,7 @@ def model_view(
     retry_after_s: float | None = None,
 ) -> ModelView:
     hosts = tuple(
-        HostView(t.node, NodeId("n" * 52), 1, ModelState.READY, 4096, t.slots, t.slots, 1000)
+        HostView(t.node, NodeId(t.node[-1] * 52), 1, ModelState.READY, 4096, t.slots, t.slots, 1000)
         for t in targets
     )
     return ModelView(
@@ -229,21 +234,66 @@ def model_view(
     )
 
 
+def peer_view(
+    name: str,
+    *instances: str,
+    state: PeerState = PeerState.ALIVE,
+    draining: bool = False,
+    slots: int = 4,
+    free: int = 4,
+    model: str = "m",
+) -> PeerView:
+    """The node `name` as others see it, with a ready engine of `model` per instance."""
+    models = tuple(
+        PeerModel(
+            ModelId(model),
+            model,
+            ModelState.READY,
+            context_length=4096,
+            bytes_on_disk=1000,
+            instance=InstanceId(instance),
+            epoch=1,
+            slots=slots,
+            slots_free=free,
+        )
+        for instance in instances
+    )
+    return PeerView(NodeId(name[-1] * 52), name, state, draining=draining, models=models)
+
+
+class ShiftedClock(MonotonicClock):
+    """The real clock, and `ahead` seconds more."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+
+    def now(self) -> float:
+        return super().now() + self.ahead
+
+
 class Api:
     """The server under test, its board and its engine."""
 
-    def __init__(self, config: Config, engine: Engine) -> None:
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        connect_remote: ConnectRemote | None = None,
+    ) -> None:
+        node_id = NodeId(config.name[-1] * 52)
         node = NodeView(
-            NodeId("n" * 52), "node1", "0", "member", NodeState.READY, 0.0, "127.0.0.1:0", None
+            node_id, config.name, "0", "member", NodeState.READY, 0.0, "127.0.0.1:0", None
         )
         self.config = config
         self.engine = engine
+        self.clock = ShiftedClock()
         self.board = Board(View(node=node))
         self.server = ApiServer(
             config,
             self.board,
-            clock=MonotonicClock(),
+            clock=self.clock,
             rng=random.Random(1),
+            connect_remote=connect_remote,
             sweep_interval_s=0.02,
         )
         self.port = 0
@@ -271,11 +321,18 @@ class Api:
 
     def target(self, instance: str = "i1", *, slots: int = 4, path: Path | None = None) -> Target:
         where = str(path or self.engine.path)
-        return Target(ModelId("m"), "node1", InstanceId(instance), where, slots)
+        return Target(ModelId("m"), self.config.name, InstanceId(instance), where, slots)
 
     def publish(self, *models: ModelView) -> None:
         table = MappingProxyType({m.id: m for m in models})
         self.board.publish(with_local(self.board.current, table))
+
+    def publish_peers(self, *peers: PeerView) -> None:
+        self.board.publish(with_peers(self.board.current, peers))
+
+    def drain_by_hand(self, state: NodeState = NodeState.DRAINING) -> None:
+        view = self.board.current
+        self.board.publish(replace(view, node=replace(view.node, state=state)))
 
     def ready(self, slots: int = 4) -> None:
         self.publish(model_view(self.target(slots=slots)))
