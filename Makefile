@@ -33,9 +33,10 @@ lint: venv
 unit: venv ## unit tests alone
 	$(PYTEST) -m "not engine and not slow" -q $(ARGS)
 
-bench: venv engine ## the benchmarks; prints tables, writes bench/results
+bench: system venv engine ## the benchmarks; prints tables, writes bench/results
 	$(BIN)/python -m bench.start
 	$(BIN)/python -m bench.proxy
+	$(BIN)/python -m bench.mesh
 
 soak: venv engine ## the long runs
 	MESHD_SOAK=1 HYPOTHESIS_PROFILE=soak $(PYTEST) -m "engine or slow" $(ARGS)

@@ -81,6 +81,8 @@ class Front:
     engine_pid: int
     """The mock behind it."""
     version: str
+    other_pids: tuple[int, ...] = ()
+    """Further processes of the benchmark on a request's way; placed with the proxy."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -180,6 +180,8 @@ def _run_once(front: Front, placement: Placement, arguments: list[str]) -> tuple
     if pid is not None:
         place(pid, placement.proxy)
         _wait_quiet(pid)
+    for other in front.other_pids:
+        place(other, placement.proxy)
     place(front.engine_pid, placement.engine)
     before, began = _clocks(front), time.monotonic()
     output, largest = _client(front, placement, arguments)
@@ -212,8 +214,8 @@ def _client(front: Front, placement: Placement, arguments: list[str]) -> tuple[s
 def _clocks(front: Front) -> tuple[float, float, float]:
     """CPU seconds of the proxy, of everything of the benchmark, of the machine."""
     proxy_s = cpu_s(front.proxy_pid) if front.proxy_pid is not None else 0.0
-    engine_s = cpu_s(front.engine_pid)
-    return proxy_s, proxy_s + engine_s + own_cpu_s(), machine_cpu_s()
+    behind_s = sum(cpu_s(pid) for pid in (front.engine_pid, *front.other_pids))
+    return proxy_s, proxy_s + behind_s + own_cpu_s(), machine_cpu_s()
 
 
 def _wait_quiet(pid: int) -> None:
