@@ -59,7 +59,7 @@ class Cycles:
         founder, *others = self._members
         founder.start("--mesh", "bench")
         self._token = invite_from(founder.data_dir, uses=len(others) + cycles)
-        self._lost_token = _elsewhere(invite_from(founder.data_dir, uses=cycles))
+        self._lost_token = elsewhere(invite_from(founder.data_dir, uses=cycles))
         for node in others:
             node.start("--join", self._token)
         until_whole(self._members)
@@ -138,7 +138,7 @@ class Cycles:
         time.sleep(SETTLE_S)
 
 
-def _elsewhere(token: str) -> str:
+def elsewhere(token: str) -> str:
     """The same invite, but with an address where nobody is."""
     from meshd.peers.invites import decode_invite, encode_invite
 
