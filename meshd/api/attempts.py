@@ -183,7 +183,7 @@ class Attempts:
     def _attempt_failed(self, reason: str, why: str) -> None:
         """3. Before anything of an answer was sent to the client. `why`: for the metrics."""
         relay = self.relay
-        self._leave_target()
+        left = self._leave_target()
         if relay.clock.now() >= self._due_at:
             self._refuse(self._timeout())
             return
@@ -195,7 +195,9 @@ class Attempts:
                 relay.traffic.retried(why)
                 self._attempt(outcome)
                 return
-        elif not isinstance(outcome, Broken):  # it went while this request was on its way
+        elif isinstance(outcome, Broken) or (isinstance(outcome, NotFound) and not left.local):
+            pass  # a model whose only node died was there all the same: not 404
+        else:  # it stopped being ready while this request was on its way
             self._refuse(self._unrouted(outcome))
             return
         self._refuse(
@@ -207,7 +209,7 @@ class Attempts:
             )
         )
 
-    def _leave_target(self) -> None:
+    def _leave_target(self) -> Target:
         target = self.target
         assert target is not None
         self._forgo_probe()
@@ -216,6 +218,7 @@ class Attempts:
         self._avoid |= {target.instance}
         self.target = None
         self.relay.release(target.instance)
+        return target
 
     def _forgo_probe(self) -> None:
         if self._probe:
