@@ -28,8 +28,6 @@ Seconds = Annotated[float, Field(ge=0, le=86_400)]
 _ADDRESS = r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]\s]+):\d{1,5}"
 Address = Annotated[str, StringConstraints(pattern=f"^{_ADDRESS}$")]
 
-INVITE_PREFIX = "meshd1-"
-
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 """Names of nodes and meshes."""
 
@@ -244,7 +242,7 @@ def is_address(text: str) -> bool:
 
 def is_invite(text: str) -> bool:
     """Whether `text` claims to be an invite token, whatever it is worth."""
-    return text.strip().lower().startswith(INVITE_PREFIX)
+    return re.match(r"meshd\d{1,6}-", text.strip().lower()) is not None
 
 
 def masked(value: Any) -> Any:

@@ -16,7 +16,7 @@ from meshd.cli.options import (
     round_trip,
     short_id,
 )
-from meshd.cli.words import DURATION
+from meshd.cli.words import length_of_time
 
 MIN_TTL_S = 60.0
 MAX_TTL_S = 30 * 86_400.0
@@ -29,7 +29,8 @@ LEAVE_TIMEOUT_S = 60.0
 @click.option(
     "--ttl",
     "ttl_s",
-    type=DURATION,
+    type=length_of_time,
+    metavar="TIME",
     default="24h",
     show_default=True,
     help="How long it may be used: 30m, 24h, 7d (at most 30d).",

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from meshd import config
-from meshd.errors import BadConfig
+from meshd.errors import BadConfig, BadInvite, ProtocolError
 
 
 @click.command()
@@ -57,23 +57,29 @@ def run(config_file: Path | None, no_mdns: bool, **flags: Any) -> int:
     flags["mdns"] = False if no_mdns else None
     values = {key: str(v) if isinstance(v, Path) else v for key, v in flags.items()}
     loaded = config.load(values, file=config_file)
-    check_join(loaded.config.join)
+    check_join(loaded.config)
     from meshd.node import run as run_node  # late: a usage error needs no daemon
 
     return run_node(loaded)
 
 
-def check_join(wishes: tuple[str, ...]) -> None:
+def check_join(loaded: config.Config) -> None:
     """Refuse what can never let this node in, before anything is started or written.
+
+    An invite that has run out is no mistake once it has done its work: a unit file keeps it.
 
     Raises BadInvite for a token that is none, is cut off or has run out, BadConfig for what is
     neither a token nor a name nor an address. The message does not repeat a token.
     """
-    for wish in wishes:
+    for wish in loaded.join:
         if config.is_invite(wish):
             from meshd.peers.invites import decode_invite  # late: few starts have a token
 
-            decode_invite(wish)
+            try:
+                decode_invite(wish)
+            except BadInvite:
+                if decode_invite(wish, now=0.0).mesh_id != _mesh_on_disk(loaded.mesh_dir):
+                    raise
         elif not config.is_address(wish) and not re.fullmatch(config.NAME_PATTERN, wish):
             shown = wish if len(wish) <= 24 else f"{wish[:8]}… ({len(wish)} characters)"
             raise BadConfig(
@@ -81,3 +87,13 @@ def check_join(wishes: tuple[str, ...]) -> None:
                 "mesh; `meshd invite` on a member prints a token",
                 param="join",
             )
+
+
+def _mesh_on_disk(mesh_dir: Path) -> str | None:
+    """The id of the mesh this data directory belongs to, as far as that can be read here."""
+    from meshd.peers.certificates import mesh_of
+
+    try:
+        return mesh_of((mesh_dir / "ca.crt").read_bytes())[0]
+    except (OSError, ProtocolError):
+        return None

@@ -1,43 +1,26 @@
-"""Values of flags that are neither numbers nor names."""
+"""Values of flags that are neither numbers nor names: click calls these with what was typed."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import click
+
+from meshd.config import is_address
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
-class Duration(click.ParamType):
-    """`90s`, `30m`, `24h` or `7d`, as seconds."""
-
-    name = "duration"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        if isinstance(value, (int, float)):
-            return float(value)
-        match = re.fullmatch(r"(\d{1,9})([smhd])", value.strip())
-        if match is None:
-            self.fail(f"{value!r} is not a length of time; write 30m, 24h or 7d", param, ctx)
-        return float(int(match[1]) * _UNITS[match[2]])
+def length_of_time(text: str) -> float:
+    """`90s`, `30m`, `24h` or `7d` in seconds. Raises click.BadParameter."""
+    match = re.fullmatch(r"(\d{1,9})([smhd])", text.strip().lower())
+    if match is None:
+        raise click.BadParameter(f"{text!r} is not a length of time; write 30m, 24h or 7d")
+    return float(int(match[1]) * _UNITS[match[2]])
 
 
-class PeerAddress(click.ParamType):
-    """HOST:PORT, IPv6 in brackets."""
-
-    name = "address"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from meshd.config import is_address
-
-        if not is_address(value):
-            self.fail(f"{value!r} is not HOST:PORT (the peer port, mostly 9338)", param, ctx)
-        return str(value)
-
-
-DURATION = Duration()
-PEER_ADDRESS = PeerAddress()
+def peer_address(text: str) -> str:
+    """HOST:PORT, IPv6 in brackets. Raises click.BadParameter."""
+    if not is_address(text):
+        raise click.BadParameter(f"{text!r} is not HOST:PORT (the peer port, mostly 9338)")
+    return text

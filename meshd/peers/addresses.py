@@ -52,6 +52,24 @@ def read_interfaces() -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
+def on_own_network(ip: str) -> bool:
+    """Whether `ip` is on a network this machine has an address in, and so in reach of multicast."""
+    import ifaddr  # late, as above
+
+    try:
+        wanted = ipaddress.ip_address(ip.partition("%")[0])
+        adapters = list(ifaddr.get_adapters())
+    except (ValueError, OSError):
+        return False
+    for adapter in adapters:
+        for own in adapter.ips:
+            address = own.ip if isinstance(own.ip, str) else own.ip[0]
+            network = ipaddress.ip_network(f"{address}/{own.network_prefix}", strict=False)
+            if wanted in network:
+                return True
+    return False
+
+
 def choose_addresses(
     interfaces: Iterable[tuple[str, str]],
     listen_host: str,
