@@ -14,9 +14,9 @@ import logging
 import random
 import signal
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from meshd import __version__
 from meshd.api import ApiServer
@@ -33,9 +33,11 @@ from meshd.kernel import (
     ServiceStack,
 )
 from meshd.kernel.logs import configure_logging
-from meshd.view import NodeState, NodeView, View
+from meshd.view import NodeState, NodeView, Role, Target, View
 
 if TYPE_CHECKING:
+    from meshd.api.admin import InviteBody
+    from meshd.peers.mesh import MeshService
     from meshd.runtime.host import ModelHost
 
 log = logging.getLogger(__name__)
@@ -79,11 +81,12 @@ class Node:
         self._hurry = asyncio.Event()
         self._exit_code = 0
         self._models: ModelHost | None = None
+        self._mesh: MeshService | None = None
         node = NodeView(
             id=NodeId(""),
             name=config.name,
             version=__version__,
-            role="member",
+            role=(Role.CLIENT if config.client else Role.MEMBER).value,
             state=NodeState.STARTING,
             started_at=self._clock.now(),
             listen=config.listen,
@@ -99,6 +102,7 @@ class Node:
             rng=self._rng,
             recorder=self._recorder,
             metrics=self._counts,
+            connect_remote=self._connect_remote,
         )
         host, port = api.bind()
         self._set_node(listen=f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
@@ -126,7 +130,10 @@ class Node:
         from meshd.api.admin import AdminServer, LoadBody, UnloadBody
         from meshd.cache.references import model_id
         from meshd.cache.weights import inspect
+        from meshd.peers.discovery import Discovery
         from meshd.peers.identity import load_or_create
+        from meshd.peers.mesh import MeshService
+        from meshd.peers.session import Needs
         from meshd.runtime.host import ModelHost, Rooms
         from meshd.runtime.hosting import LoadOptions, WeightFacts
         from meshd.runtime.orphans import end_orphans
@@ -135,7 +142,25 @@ class Node:
         config = self.config
         await self._pool.run(end_orphans, config.run_dir)
         identity = await self._pool.run(load_or_create, config.data_dir)
-        self._set_node(id=identity.node_id)
+        discovery = Discovery(config.mdns)
+        mesh = self._mesh = MeshService(
+            identity,
+            lambda service: Needs(
+                config=config,
+                board=self._board,
+                clock=self._clock,
+                rng=self._rng,
+                recorder=self._recorder,
+                spawn=lambda work: service.spawn(work, name="work"),
+                inflight=api.inflight,
+                serve_api=api.peer_protocol,
+            ),
+            self._pool,
+            discovery.set_identity,
+        )
+        discovery.proposed = mesh.found_on_lan
+        await self._pool.run(mesh.prepare)
+        self._set_node(id=identity.node_id, peer_listen=mesh.peer_listen)
         registry = Registry(config.cache_dir)
         models_dir = config.cache_dir / "meshd" / "models"
 
@@ -179,10 +204,13 @@ class Node:
             unload=unload,
             status=api.status,
             recorder=self._recorder,
+            mesh=self,
         )
         self._models = models
         await stack.start(models)
         await stack.start(admin)
+        await stack.start(mesh)
+        await stack.start(discovery)
         await stack.start(_Survey(self._board, self._pool))
         for ref in config.model:
             models.load(ref)
@@ -191,6 +219,46 @@ class Node:
         """For `/metrics`, what is not the API's."""
         restarts = self._models.restarts if self._models is not None else 0
         yield "meshd_child_restarts_total", {"kind": "llama-server"}, restarts
+        received, sent = self._mesh.gossip_bytes() if self._mesh is not None else (0, 0)
+        yield "meshd_gossip_bytes_total", {"direction": "in"}, received
+        yield "meshd_gossip_bytes_total", {"direction": "out"}, sent
+
+    async def _connect_remote(
+        self, target: Target, make_protocol: Callable[[], asyncio.Protocol]
+    ) -> asyncio.Protocol:
+        assert self._mesh is not None, "a remote target comes from the mesh"
+        return await self._mesh.connect_remote(target, make_protocol)
+
+    # -- admin.MeshControls -----------------------------------------------------------------------
+
+    async def invite(self, body: InviteBody) -> dict[str, Any]:
+        return await self._joined().invite(
+            ttl_s=body.ttl_s, uses=body.uses, role=body.role, issuer=body.issuer
+        )
+
+    async def revoke(self, node: str) -> dict[str, Any]:
+        return await self._joined().revoke(node)
+
+    async def leave(self) -> dict[str, Any]:
+        return await self._joined().leave()
+
+    async def drain(self) -> dict[str, Any]:
+        """Until `undrain`: no request is served by this node's engines, those in flight finish."""
+        return self._drain_by_hand(NodeState.DRAINING)
+
+    async def undrain(self) -> dict[str, Any]:
+        return self._drain_by_hand(NodeState.READY)
+
+    def _drain_by_hand(self, state: NodeState) -> dict[str, Any]:
+        if not self._stop.is_set():
+            self._set_node(state=state)
+        return {"state": self._board.current.node.state.value}
+
+    def _joined(self) -> MeshService:
+        assert self._mesh is not None, "the admin socket opens after the mesh is made"
+        return self._mesh
+
+    # -- signals ----------------------------------------------------------------------------------
 
     def _install_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -214,15 +282,24 @@ class Node:
         finally:
             told.cancel()
         if stack.failed.done():
-            error = stack.failed.exception()
-            log.critical("a service failed; stopping", exc_info=error)
-            self._write_flight()
-            self._exit_code = 1
+            self._exit_code = self._explain(stack.failed.exception())
+
+    def _explain(self, error: BaseException | None) -> int:
+        """Say why the node ends on its own; the exit code of it."""
+        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+            error = error.exceptions[0]
+        if isinstance(error, MeshdError):  # said on purpose, for example by a mesh that refuses us
+            log.error("%s", error.message)
+            return error.exit_code
+        log.critical("a service failed; stopping", exc_info=error)
+        self._write_flight()
+        return 1
 
     async def _wait_told(self) -> None:
         await self._stop.wait()
 
     async def _shut_down(self, stack: ServiceStack, api: ApiServer) -> None:
+        api.refuse_new()
         self._set_node(state=NodeState.DRAINING)
         if self._exit_code == 0:
             await self._drain(api)
@@ -291,7 +368,9 @@ def _import_rooms() -> None:
     for module in (
         "meshd.api.admin",
         "meshd.cache.weights",
+        "meshd.peers.discovery",
         "meshd.peers.identity",
+        "meshd.peers.mesh",
         "meshd.runtime.host",
         "meshd.runtime.registry",
     ):

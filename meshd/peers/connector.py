@@ -9,8 +9,8 @@ from collections.abc import Callable
 from meshd.config import split_address
 from meshd.errors import PeerRefused, PeerUnreachable
 from meshd.ids import NodeId
+from meshd.peers.certificates import PeerCertificate
 from meshd.peers.channel import FrameChannel
-from meshd.peers.credentials import PeerCertificate
 
 
 class ConnectionRefused(PeerUnreachable):

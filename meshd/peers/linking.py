@@ -17,9 +17,9 @@ from typing import Any, Final, Protocol
 from meshd.errors import MeshdError, PeerRefused, ProtocolError
 from meshd.ids import BootId, NodeId
 from meshd.kernel import Clock, Driver, FlightRecorder
+from meshd.peers.certificates import PeerCertificate
 from meshd.peers.channel import FrameChannel
 from meshd.peers.connector import ConnectionRefused, Connector
-from meshd.peers.credentials import PeerCertificate
 from meshd.peers.dialing import (
     Called,
     Dial,

@@ -1,7 +1,7 @@
 """The one port between nodes: TLS first, then by ALPN to whoever speaks that protocol.
 
-Who may speak what is decided in one place, `admitted`: without a certificate of the mesh nothing
-but joining is reached. A connection that has not said what it wants within `FIRST_WORDS_S` is
+Who may speak what is decided in one place, `tls.may_speak`: without a certificate of the mesh
+nothing but joining is reached. A connection that has not said what it wants within `FIRST_WORDS_S` is
 closed; at most `MAX_STRANGERS` may be in that state.
 """
 
@@ -12,13 +12,17 @@ import errno
 import logging
 import socket
 import ssl
-from collections.abc import Awaitable, Callable
-from typing import Final
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Final
 
 from meshd.errors import AddressInUse, BadConfig, MeshdError, PeerRefused, PeerUnreachable
+from meshd.peers.certificates import PeerCertificate
 from meshd.peers.channel import FrameChannel
 from meshd.peers.frames import JOIN_LIMIT
-from meshd.peers.protocol import ALPN_CTL, ALPN_JOIN, ALPN_RAW
+from meshd.peers.hello import refusal
+from meshd.peers.protocol import ALPN_CTL, ALPN_JOIN
+from meshd.peers.tls import may_speak
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +31,19 @@ MAX_STRANGERS: Final = 128
 """Full-policy: one more is closed at once. Members retry; a flood of strangers is shut out."""
 BACKLOG: Final = 256
 
-Speaker = Callable[[FrameChannel], Awaitable[None]]
-"""Serves one connection up to its end or its hand-over. May raise MeshdError, which is logged."""
+Stranger = Callable[[FrameChannel], Awaitable[None]]
+Member = Callable[[FrameChannel, PeerCertificate], Awaitable[None]]
+"""Serve one connection up to its end or its hand-over. They may raise MeshdError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speakers:
+    """Who serves what, and who says whose certificate one is (`authenticate` raises PeerRefused)."""
+
+    authenticate: Callable[[bytes], PeerCertificate]
+    join: Stranger
+    control: Member
+    raw: Member
 
 
 class PeerListener:
@@ -40,7 +55,7 @@ class PeerListener:
         self._sockets: list[socket.socket] = []
         self._servers: list[asyncio.Server] = []
         self._strangers: set[asyncio.Task[None]] = set()
-        self._speakers: dict[str, Speaker] = {}
+        self._speakers: Speakers | None = None
 
     def bind(self) -> int:
         """Open the port and say which it is. Raises AddressInUse, BadConfig."""
@@ -62,13 +77,10 @@ class PeerListener:
     async def start(
         self,
         context: ssl.SSLContext,
-        *,
-        join: Speaker,
-        control: Speaker,
-        raw: Speaker,
-        spawn: Callable[[Awaitable[None]], asyncio.Task[None]],
+        speakers: Speakers,
+        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
     ) -> None:
-        self._speakers = {ALPN_JOIN: join, ALPN_CTL: control, ALPN_RAW: raw}
+        self._speakers = speakers
         loop = asyncio.get_running_loop()
 
         def arrive() -> FrameChannel:
@@ -103,7 +115,9 @@ class PeerListener:
     # -- one connection ---------------------------------------------------------------------------
 
     def _arrived(
-        self, channel: FrameChannel, spawn: Callable[[Awaitable[None]], asyncio.Task[None]]
+        self,
+        channel: FrameChannel,
+        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
     ) -> None:
         if len(self._strangers) >= MAX_STRANGERS:
             channel.abort()
@@ -112,12 +126,29 @@ class PeerListener:
         self._strangers.add(task)
         task.add_done_callback(self._strangers.discard)
 
+    async def _speak(self, channel: FrameChannel) -> None:
+        speakers, certificate = self._speakers, None
+        assert speakers is not None, "connections come after `start`"
+        if channel.certificate is not None and channel.alpn != ALPN_JOIN:
+            try:
+                certificate = speakers.authenticate(channel.certificate)
+            except PeerRefused as error:
+                channel.send(refusal(error))
+                raise
+        if not may_speak(channel.alpn, certificate):
+            raise PeerRefused(f"no certificate of this mesh for {channel.alpn}", reason="stranger")
+        if certificate is None:
+            await speakers.join(channel)
+        elif channel.alpn == ALPN_CTL:
+            await speakers.control(channel, certificate)
+        else:
+            await speakers.raw(channel, certificate)
+
     async def _serve(self, channel: FrameChannel) -> None:
         origin = channel.origin
         try:
-            speaker = admitted(channel.alpn, channel.certificate, self._speakers)
             async with asyncio.timeout(FIRST_WORDS_S):
-                await speaker(channel)
+                await self._speak(channel)
         except TimeoutError:
             log.debug("%s said nothing in time", origin)
             channel.abort()
@@ -130,20 +161,6 @@ class PeerListener:
         except asyncio.CancelledError:
             channel.abort()
             raise
-
-
-def admitted(alpn: str | None, certificate: bytes | None, speakers: dict[str, Speaker]) -> Speaker:
-    """Who serves a connection of that protocol. Raises PeerRefused.
-
-    The gate: a client without a certificate reaches `meshd-join/1` and nothing else. (One with a
-    certificate that the mesh's key did not sign fails in TLS already.)
-    """
-    speaker = speakers.get(alpn or "")
-    if speaker is None:
-        raise PeerRefused(f"it offered no protocol of meshd's ({alpn})", reason="protocol")
-    if certificate is None and alpn != ALPN_JOIN:
-        raise PeerRefused(f"{alpn} needs a certificate of the mesh", reason="no_certificate")
-    return speaker
 
 
 class _Arrival(FrameChannel):

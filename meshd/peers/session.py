@@ -11,38 +11,38 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Final, assert_never
 
 from meshd import __version__
 from meshd.config import Config
-from meshd.errors import PeerRefused, PeerUnreachable
+from meshd.errors import MeshdError, PeerRefused, PeerUnreachable
 from meshd.ids import BootId, InstanceId, NodeId
 from meshd.kernel import Board, Clock, Driver, FlightRecorder
-from meshd.peers import gossip
+from meshd.peers import denylist, gossip
+from meshd.peers.certificates import PeerCertificate
 from meshd.peers.channel import FrameChannel
+from meshd.peers.codec import message_from_wire, message_to_wire
 from meshd.peers.connector import Connector
-from meshd.peers.credentials import PeerCertificate, authenticate
+from meshd.peers.denylist import DenyEntry
 from meshd.peers.frames import RAW_OPEN_LIMIT
 from meshd.peers.gossip import Alive, Message
 from meshd.peers.handshake import statement_to_hello
-from meshd.peers.hello import Hello, Purpose, make_hello, refusal
+from meshd.peers.hello import Hello, Purpose, make_hello, parse_refusal
 from meshd.peers.linking import Linking, Spawn
 from meshd.peers.links import ControlLink
 from meshd.peers.picture import Standing, picture
 from meshd.peers.protocol import ALPN_RAW
-from meshd.peers.signing import alive_is_genuine
+from meshd.peers.renewing import Renewing
 from meshd.peers.streams import OPEN_TIMEOUT_S, Open, Streams, begin
 from meshd.peers.swim import Swim
 from meshd.peers.telling import Telling
 from meshd.peers.timing import LAN, WAN
 from meshd.peers.trust import Trust
-from meshd.peers.codec import message_from_wire, message_to_wire
 from meshd.view import (
     MeshState,
     MeshView,
-    NodeState,
     PeerState,
     PeerView,
     Role,
@@ -74,20 +74,29 @@ class Needs:
     inflight: Callable[[InstanceId], int]
     serve_api: Callable[[str], asyncio.Protocol]
     """A protocol that serves an authenticated peer, by its name, from this node's engines."""
-    addresses: Callable[[], tuple[str, ...]]
-    """Where other nodes are told to reach this one."""
 
 
 class Session:
     """Lives from a membership's start to `close`. Implements `linking.Listener`."""
 
-    def __init__(self, trust: Trust, role: Role, starts: int, needs: Needs) -> None:
+    def __init__(
+        self,
+        trust: Trust,
+        role: Role,
+        starts: int,
+        needs: Needs,
+        addresses: Callable[[], tuple[str, ...]],
+    ) -> None:
+        """`addresses`: where other nodes are told to reach this one."""
         self.trust = trust
+        self._addresses = addresses
         self.own = trust.identity.node_id
         self.role = role
         self.peer_bytes = [0, 0]
         """Received and sent on links that are gone."""
         self._needs = needs
+        self._leaving = False
+        self._closed = False
         self._boot = BootId(f"{needs.rng.getrandbits(64):016x}")
         self._statement = self._signed(starts << 20, starts << 20)
         self._rtts_s: dict[NodeId, float] = {}
@@ -96,9 +105,7 @@ class Session:
         self._look_timer: asyncio.TimerHandle | None = None
         self._standings: dict[NodeId, Standing] = {}
         self._names: dict[NodeId, str] = {}
-        self._leaving = False
-        self._closed = False
-        self._connector = Connector(trust.client_context, self.authenticate)
+        self._connector = Connector(trust.client_context, trust.authenticate)
         self.streams = Streams(needs.config.peers.max_streams)
         self.streams.offer({"api": self._serve_api})
         self.linking = Linking(
@@ -128,6 +135,7 @@ class Session:
             newer=self._advert_is_newer,
             changed=self._dirty,
         )
+        self.renewing = Renewing(trust, needs.clock, needs.rng.choice)
         self._unsubscribe = needs.board.subscribe(self._view_changed)
 
     # -- life -------------------------------------------------------------------------------------
@@ -193,14 +201,24 @@ class Session:
                 f"node {target.node} did not open a stream within {OPEN_TIMEOUT_S:.0f} s"
             ) from None
 
-    def find(self, name: str) -> NodeId | None:
-        """A member by name, id, or the beginning of its id if that is unique."""
-        if name in self._swim.members or name == self.own:
-            return NodeId(name)
-        named = [node for node, known in self._names.items() if known == name]
-        starting = [n for n in (*self._swim.members, self.own) if len(name) >= 4 and n.startswith(name)]
-        found = named or starting
-        return found[0] if len(found) == 1 else None
+    def addresses_of(self, node: NodeId) -> tuple[str, ...]:
+        member = self._swim.members.get(node)
+        return member.addresses if member is not None else ()
+
+    def addresses_of_others(self) -> tuple[str, ...]:
+        """One address of each node that is alive, for a newcomer to begin with."""
+        alive = (m for m in self._swim.members.values() if m.state is PeerState.ALIVE)
+        return tuple(m.addresses[0] for m in alive if m.addresses)[:16]
+
+    async def remember(self) -> None:
+        """Keep where the others are for the next start."""
+        await self.trust.remember(
+            [
+                (node, self._names.get(node, node[:8]), member.addresses)
+                for node, member in self._swim.members.items()
+                if member.state is not PeerState.LEFT
+            ]
+        )
 
     def gossip_bytes(self) -> tuple[int, int]:
         """(received, sent) on control links since the session began."""
@@ -210,16 +228,13 @@ class Session:
             self.peer_bytes[1] + sum(k.bytes_out for k in links),
         )
 
-    def deny(self, entries: list[Any], *, source: ControlLink | None = None) -> None:
-        """Take entries of the deny list over; spread what is new, and act on it."""
-        fresh = self.trust.merge_denials(entries)
-        if not fresh:
-            return
-        frame = {"t": "deny", "entries": self.trust.denials_to_wire(fresh)}
+    def denied(self, nodes: tuple[NodeId, ...], source: ControlLink | None = None) -> None:
+        """`nodes` are on the deny list from now on: spread it, and have no more to do with them."""
+        frame = self.trust.denials_frame()
         for link in self.linking.links:
-            if link is not source and link.remote.node not in fresh:
+            if link is not source and link.remote.node not in nodes:
                 link.send(frame)
-        for node in fresh:
+        for node in nodes:
             log.warning("node %s is on the deny list", self._names.get(node, node[:8]))
             self.linking.drop(node)
             self.streams.cut(node)
@@ -229,27 +244,16 @@ class Session:
 
     # -- listener's speakers ----------------------------------------------------------------------
 
-    async def serve_control(self, channel: FrameChannel) -> None:
-        await self.linking.serve(channel, self._welcome(channel))
-
-    async def serve_raw(self, channel: FrameChannel) -> None:
-        certificate = self._welcome(channel)
+    async def serve_raw(self, channel: FrameChannel, certificate: PeerCertificate) -> None:
         await self.streams.serve(channel, certificate.node_id)
-
-    def authenticate(self, certificate: bytes | None) -> PeerCertificate:
-        return authenticate(certificate, self.trust.membership, self.trust.denied)
-
-    def _welcome(self, channel: FrameChannel) -> PeerCertificate:
-        try:
-            return self.authenticate(channel.certificate)
-        except PeerRefused as error:
-            channel.send(refusal(error))
-            raise
 
     def _serve_api(self, node: NodeId, wanted: Open) -> asyncio.Protocol:
         if self.role is Role.CLIENT:
             raise PeerRefused("a client node serves no models", reason="no_service")
-        return self._needs.serve_api(self._names.get(node, node[:8]))
+        try:
+            return self._needs.serve_api(self._names.get(node, node[:8]))
+        except MeshdError as error:
+            raise PeerRefused(error.message, reason=error.code) from None
 
     # -- linking.Listener -------------------------------------------------------------------------
 
@@ -271,7 +275,7 @@ class Session:
         )
 
     def genuine(self, alive: Alive) -> bool:
-        return alive_is_genuine(alive, self.trust.membership.mesh_id)
+        return self.trust.is_genuine(alive)
 
     def link_came(self, link: ControlLink, statement: Alive) -> None:
         remote = link.remote
@@ -279,9 +283,8 @@ class Session:
         self._problem = None
         self._driver.post(gossip.NodeMet(statement))
         self.telling.greet(link)
-        denials = self.trust.denials_to_wire(None)
-        if denials:
-            link.send({"t": "deny", "entries": denials})
+        if self.trust.denied:
+            link.send(self.trust.denials_frame())
 
     def link_went(self, link: ControlLink, broke: bool) -> None:
         remote = link.remote
@@ -301,18 +304,24 @@ class Session:
         elif not self.telling.frame_came(link, frame):
             match frame.get("t"):
                 case "deny":
-                    self.deny(self.trust.denials_from_wire(frame.get("entries")), source=link)
-                case "renew":
-                    answer = self.trust.renew_for(link.remote.node, frame)
-                    if answer is not None:
-                        link.send(answer)
-                case "renewed":
-                    self._needs.spawn(self.trust.renewed(frame))
+                    entries = denylist.from_wire(frame.get("entries"))
+                    self._needs.spawn(self._denials_came(link, entries))
+                case "renew" | "renewed":
+                    self._needs.spawn(self.renewing.frame_came(link, frame))
                 case "refused":
-                    error = self.trust.refusal_of(frame)
-                    self.refused(error, link.remote.address)
+                    self.refused(parse_refusal(frame), link.remote.address)
                 case _:
                     pass  # of a later version; the range in the hello said we can live without
+
+    async def _denials_came(self, link: ControlLink, entries: tuple[DenyEntry, ...]) -> None:
+        try:
+            fresh = await self.trust.merge(entries)
+        except MeshdError as error:
+            log.warning("link to %s: %s; closing", link.remote.name, error.message)
+            link.drop()
+        else:
+            if fresh and not self._closed:
+                self.denied(fresh, source=link)
 
     def dial_refused(self, node: NodeId) -> None:
         self._driver.post(gossip.DialRefused(node))
@@ -364,7 +373,7 @@ class Session:
             self.telling.forget(change.node)
             self._rtts_s.pop(change.node, None)
         elif change.new is PeerState.ALIVE and change.old is None:
-            self._needs.spawn(self.trust.has_others())
+            self._needs.spawn(self.remember())
         self._dirty(True)
 
     # -- statements of our own --------------------------------------------------------------------
@@ -377,7 +386,7 @@ class Session:
 
     def addresses_changed(self) -> None:
         """Where this node is reached has changed: say so as a new statement."""
-        if self._needs.addresses() != self._statement.addresses:
+        if self._addresses() != self._statement.addresses:
             self._restate(self._statement.incarnation + 1)
 
     def _state(self, incarnation: int, version: int) -> None:
@@ -385,22 +394,19 @@ class Session:
         self._driver.post(gossip.SelfStated(self._statement))
 
     def _signed(self, incarnation: int, version: int) -> Alive:
-        addresses = self._needs.addresses()
-        leaving = getattr(self, "_leaving", False)
-        return self.trust.sign_alive(incarnation, version, addresses, left=leaving)
+        addresses = self._addresses()
+        return self.trust.sign_alive(incarnation, version, addresses, left=self._leaving)
 
     def _checked(self, message: Message) -> Message:
         """`message` without statements that their nodes did not sign, or that are denied."""
-        updates = getattr(message, "updates", ())
-        kept = tuple(u for u in updates if not isinstance(u, Alive) or self._believable(u))
-        if len(kept) == len(updates):
+        if isinstance(message, gossip.Digest):
             return message
-        from dataclasses import replace
-
-        return replace(message, updates=kept)  # type: ignore[type-var]
-
-    def _believable(self, alive: Alive) -> bool:
-        return alive.node not in self.trust.denied and self.genuine(alive)
+        kept = tuple(
+            u for u in message.updates if not isinstance(u, Alive) or self.trust.is_genuine(u)
+        )
+        if len(kept) == len(message.updates):
+            return message
+        return replace(message, updates=kept)
 
     # -- views ------------------------------------------------------------------------------------
 
@@ -450,14 +456,9 @@ class Session:
         )
 
 
-def publish(
-    board: Board[View], own_name: str, mesh: MeshView, peers: tuple[PeerView, ...]
-) -> None:
+def publish(board: Board[View], own_name: str, mesh: MeshView, peers: tuple[PeerView, ...]) -> None:
     """Replace what the view says of mesh, peers and this node's name."""
-    from dataclasses import replace
-
-    view = board.current
-    view = replace(view, mesh=mesh)
+    view = replace(board.current, mesh=mesh)
     if view.node.name != own_name:
         view = replace(view, node=replace(view.node, name=own_name))
     if view.peers != peers:

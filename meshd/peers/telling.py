@@ -17,9 +17,9 @@ from meshd.errors import MeshdError, ProtocolError
 from meshd.ids import InstanceId, NodeId
 from meshd.kernel import Clock
 from meshd.peers.adverts import Advert, AdvertBook, describe, slots_from_wire
-from meshd.peers.credentials import SignedAdvert
-from meshd.peers.links import ControlLink, LinkTable
 from meshd.peers.codec import node_id_from_wire
+from meshd.peers.links import ControlLink, LinkTable
+from meshd.peers.signing import SignedAdvert
 from meshd.view import Role, View
 
 log = logging.getLogger(__name__)
@@ -103,13 +103,13 @@ class Telling:
 
     def tell_slots(self, view: View) -> None:
         """Called several times a second; sends only when a number changed."""
-        free = {}
+        free: dict[str, int] = {}
         for model in view.local.values():
             for target in model.targets:
                 if target.local:
                     free[target.instance] = max(0, target.slots - self._inflight(target.instance))
         if free != self._slots_free:
-            self._slots_free = dict(free)
+            self._slots_free = free
             for link in self._links:
                 link.send({"t": "load", "s": self._slots_free}, droppable=True)
 

@@ -1,0 +1,409 @@
+"""This node's place in a mesh: founding, joining, being a member, leaving.
+
+Nothing here delays serving. A node that joins serves what it has meanwhile; one that cannot reach
+its mesh keeps trying, with the reason in `meshd status`; only a mesh that says no for good to a
+node that was started to join it ends the daemon, with the mesh's own words.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from meshd.config import Config
+from meshd.errors import (
+    BadConfig,
+    InvalidRequest,
+    JoinRefused,
+    MeshdError,
+    NoMesh,
+    NotIssuer,
+    PeerUnreachable,
+)
+from meshd.ids import MeshId, NodeId
+from meshd.kernel import Pool, Service
+from meshd.peers.addresses import advertised_addresses
+from meshd.peers.channel import FrameChannel
+from meshd.peers.credentials import MeshStore
+from meshd.peers.identity import Identity
+from meshd.peers.invite_book import InviteBook
+from meshd.peers.invites import Invite, decode_invite, encode_invite, is_token
+from meshd.peers.joining import JoinDesk, join
+from meshd.peers.listener import PeerListener, Speakers
+from meshd.peers.membership import Membership
+from meshd.peers.naming import resolve_node
+from meshd.peers.session import Needs, Session, publish
+from meshd.peers.trust import Trust
+from meshd.view import MeshState, MeshView, Role, Target
+
+log = logging.getLogger(__name__)
+
+JOIN_TIMEOUT_S: Final = 10.0
+JOIN_RETRY_MIN_S: Final = 1.0
+JOIN_RETRY_MAX_S: Final = 30.0
+GOODBYE_S: Final = 0.25
+"""From the last words of a leaving node to the end of its links."""
+LOOK_S: Final = 15.0
+"""How often the addresses of this machine and the age of the certificate are looked at."""
+REMEMBER_S: Final = 60.0
+
+Announce = Callable[[MeshId, str, NodeId, str, int, tuple[str, ...]], None]
+"""(mesh, its name, node, its name, port, addresses) for discovery."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What `--join` asked for, sorted by kind."""
+
+    invites: tuple[Invite, ...]
+    addresses: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+def read_wishes(values: tuple[str, ...]) -> Wishes:
+    """Sort the values of `--join`. Raises BadInvite for a token that is none."""
+    tokens = [v for v in values if is_token(v)]
+    others = [v for v in values if v not in tokens]
+    return Wishes(
+        invites=tuple(decode_invite(token) for token in tokens),
+        addresses=tuple(v for v in others if ":" in v),
+        names=tuple(v for v in others if ":" not in v),
+    )
+
+
+class MeshService(Service):
+    """`prepare` before `start`: it opens the peer port and refuses what cannot work."""
+
+    name = "mesh"
+    stop_limit_s = 5.0
+
+    def __init__(
+        self, identity: Identity, needs: Callable[[Service], Needs], pool: Pool, announce: Announce
+    ) -> None:
+        super().__init__()
+        self._identity = identity
+        self._needs = needs(self)
+        self._config: Config = self._needs.config
+        self._pool = pool
+        self._announce = announce
+        self._store = MeshStore(self._config.mesh_dir, identity)
+        self._listener = PeerListener(*self._config.peer_listen_address)
+        self._port = 0
+        self._wishes = Wishes((), (), ())
+        self._membership: Membership | None = None
+        self._session: Session | None = None
+        self._found_on_lan: dict[tuple[MeshId, str], tuple[str, ...]] = {}
+        self._addresses: tuple[str, ...] = ()
+        self._invites: InviteBook | None = None
+        self._lifetime: set[asyncio.Task[None]] = set()
+
+    # -- before the start -------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Read what is on disk and asked for, and open the port. Blocking; writes nothing.
+
+        Raises BadInvite, BadConfig, JoinRefused, AddressInUse.
+        """
+        self._wishes = read_wishes(self._config.join)
+        self._membership = self._store.load()
+        self._check_wishes()
+        self._port = self._listener.bind()
+        self._look_at_addresses()
+
+    @property
+    def peer_listen(self) -> str:
+        host, _ = self._config.peer_listen_address
+        return f"[{host}]:{self._port}" if ":" in host else f"{host}:{self._port}"
+
+    def _check_wishes(self) -> None:
+        """1. An invite to another mesh than this node's is taken only by a node that was alone.
+        2. A name or address needs a membership, and that of this mesh.
+        3. `--mesh` names the mesh that is founded, or the one this node is in."""
+        wishes, mine = self._wishes, self._membership
+        other = next((i for i in wishes.invites if mine and i.mesh_id != mine.mesh_id), None)
+        if mine is not None and other is not None and self._store.had_others:  # 1
+            raise JoinRefused(
+                f"this node belongs to mesh `{mine.mesh_name}`; the invite is to "
+                f"`{other.mesh_name}`: run `meshd leave` first, or use another --data-dir"
+            )
+        if mine is None and not wishes.invites and (wishes.names or wishes.addresses):  # 2
+            wanted = (*wishes.names, *wishes.addresses)[0]
+            raise JoinRefused(
+                f"this node belongs to no mesh yet, so `--join {wanted}` cannot let it in: run "
+                "`meshd invite` on a member and start this node with the token it prints"
+            )
+        for name in wishes.names:
+            if mine is not None and not wishes.invites and name != mine.mesh_name:
+                raise JoinRefused(
+                    f"this node belongs to mesh `{mine.mesh_name}`, not to `{name}`: join that "
+                    "one with an invite and a --data-dir of its own, or `meshd leave` this one"
+                )
+        named = self._config.mesh
+        if (
+            mine is not None and named not in ("default", mine.mesh_name) and not wishes.invites
+        ):  # 3
+            raise BadConfig(
+                f"`mesh` is `{named}`, but this data directory belongs to mesh "
+                f"`{mine.mesh_name}`; leave --mesh out, or use another --data-dir",
+                param="mesh",
+            )
+
+    # -- service ----------------------------------------------------------------------------------
+
+    async def main(self) -> None:
+        self.ready.set()
+        try:
+            await self._enter()
+            await self.stopping.wait()
+        finally:
+            await self._exit()
+
+    async def _enter(self) -> None:
+        mine = self._membership
+        new = [i for i in self._wishes.invites if mine is None or i.mesh_id != mine.mesh_id]
+        if new:
+            self._show(MeshState.JOINING, f"joining `{new[0].mesh_name}`", new[0].mesh_name)
+            self.spawn(self._join(tuple(new)), name="join")
+            return
+        if mine is None:
+            role = Role.CLIENT if self._config.client else Role.MEMBER
+            mine = await self._pool.run(self._store.found, self._config.mesh, role)
+            log.info("founded mesh `%s` (%s)", mine.mesh_name, mine.mesh_id[:8])
+        await self._begin(mine)
+
+    async def _exit(self) -> None:
+        session = self._session
+        if session is not None:
+            session.leave()
+            await session.remember()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(GOODBYE_S)
+        self._end_session()
+        self._listener.close()
+
+    # -- joining ----------------------------------------------------------------------------------
+
+    async def _join(self, invites: tuple[Invite, ...]) -> None:
+        pause_s = JOIN_RETRY_MIN_S
+        refused: dict[int, MeshdError] = {}
+        while True:
+            for number, invite in enumerate(invites):
+                if number in refused:
+                    continue
+                try:
+                    grant = await join(
+                        invite,
+                        self._identity,
+                        self._config.name,
+                        timeout_s=JOIN_TIMEOUT_S,
+                        also=self._seen_on_lan(invite.mesh_id),
+                    )
+                    membership = await self._pool.run(self._store.install, grant)
+                except JoinRefused as error:
+                    refused[number] = error
+                except MeshdError as error:
+                    log.warning("cannot join `%s` yet: %s", invite.mesh_name, error.message)
+                    self._show(MeshState.JOINING, error.message, invite.mesh_name)
+                else:
+                    log.info("joined mesh `%s` as %s", invite.mesh_name, grant.role.value)
+                    await self._begin(membership, seeds=invite.addresses)
+                    return
+            if len(refused) == len(invites):
+                raise next(iter(refused.values()))
+            await asyncio.sleep(pause_s * (0.5 + self._needs.rng.random()))
+            pause_s = min(JOIN_RETRY_MAX_S, 2 * pause_s)
+
+    def _seen_on_lan(self, mesh: MeshId) -> tuple[str, ...]:
+        seen = [
+            a for (m, _), addresses in self._found_on_lan.items() if m == mesh for a in addresses
+        ]
+        return tuple(dict.fromkeys(seen))[:8]
+
+    # -- being a member ---------------------------------------------------------------------------
+
+    async def _begin(self, membership: Membership, seeds: tuple[str, ...] = ()) -> None:
+        self._membership = membership
+        starts = await self._pool.run(self._store.next_start)
+        trust = await self._pool.run(Trust, membership, self._identity, self._store, self._pool)
+        client = self._config.client or membership.role is Role.CLIENT
+        role = Role.CLIENT if client else Role.MEMBER
+        session = Session(trust, role, starts, self._needs, lambda: self._addresses)
+        self._session = session
+        desk = self._desk(trust, session)
+
+        async def speak_join(channel: FrameChannel) -> None:
+            await desk.serve(channel, trust.membership.certificate)
+
+        await self._listener.start(
+            trust.server_context(),
+            Speakers(trust.authenticate, speak_join, session.linking.serve, session.serve_raw),
+            lambda work: self.spawn(work, name="peer"),
+        )
+        session.start()
+        for address in (*self._wishes.addresses, *seeds):
+            session.linking.propose(address, asked=True)
+        for peer in await self._pool.run(self._store.remembered):
+            for address in peer.addresses:
+                session.linking.propose(address)
+        for found, addresses in self._found_on_lan.items():
+            self._propose(found[0], NodeId(found[1]), addresses)
+        self._tell_discovery()
+        self._lifetime.add(self.spawn(self._look_after(session), name="look after"))
+
+    def _desk(self, trust: Trust, session: Session) -> JoinDesk:
+        membership = trust.membership
+        if membership.authority is not None:
+            self._invites = InviteBook(self._config.mesh_dir / "invites.json")
+
+        def admitted(node: NodeId, name: str, role: Role) -> None:
+            log.info("admitted %s (%s) as %s", name, node[:8], role.value)
+
+        return JoinDesk(
+            membership,
+            self._invites,
+            denied=trust.denied,
+            members=lambda: (*self._addresses, *session.addresses_of_others()),
+            admitted=admitted,
+            run=self._pool.run,
+        )
+
+    def _end_session(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
+        for task in self._lifetime:
+            task.cancel()
+        self._lifetime.clear()
+        self._listener.stop()
+
+    async def _look_after(self, session: Session) -> None:
+        """Now and then: own addresses, the certificate's age, where the others are."""
+        looked_at = remembered_at = self._needs.clock.now()
+        while True:
+            await asyncio.sleep(LOOK_S)
+            if await self._pool.run(self._look_at_addresses):
+                session.addresses_changed()
+                self._tell_discovery()
+            await session.renewing.look(list(session.linking.links))
+            looked_at = self._needs.clock.now()
+            if looked_at - remembered_at >= REMEMBER_S:
+                remembered_at = looked_at
+                await session.remember()
+
+    def _look_at_addresses(self) -> bool:
+        """Whether other nodes should be told other addresses than before."""
+        host, _ = self._config.peer_listen_address
+        before = self._addresses
+        self._addresses = advertised_addresses(host, self._port, self._config.advertise)
+        return self._addresses != before
+
+    def _tell_discovery(self) -> None:
+        mine = self._membership
+        if mine is not None and self._session is not None:
+            self._announce(
+                mine.mesh_id,
+                mine.mesh_name,
+                self._identity.node_id,
+                self._config.name,
+                self._port,
+                self._addresses,
+            )
+
+    # -- asked by other rooms ---------------------------------------------------------------------
+
+    def found_on_lan(
+        self, node: NodeId, mesh: MeshId, mesh_name: str, addresses: tuple[str, ...]
+    ) -> None:
+        """Discovery saw a node. It only proposes."""
+        if len(self._found_on_lan) < 256 or (mesh, node) in self._found_on_lan:
+            self._found_on_lan[mesh, node] = addresses
+        self._propose(mesh, node, addresses)
+
+    def _propose(self, mesh: MeshId, node: NodeId, addresses: tuple[str, ...]) -> None:
+        session, mine = self._session, self._membership
+        if session is None or mine is None or mesh != mine.mesh_id:
+            return
+        if node != self._identity.node_id and session.linking.links.get(node) is None:
+            for address in addresses[:4]:
+                session.linking.propose(address)
+
+    async def connect_remote(
+        self, target: Target, make_protocol: Callable[[], asyncio.Protocol]
+    ) -> asyncio.Protocol:
+        """For the api: a stream to that engine on its node. Raises PeerUnreachable, PeerRefused."""
+        if self._session is None:
+            raise PeerUnreachable("this node belongs to no mesh any more")
+        return await self._session.connect(target, make_protocol)
+
+    def gossip_bytes(self) -> tuple[int, int]:
+        return (0, 0) if self._session is None else self._session.gossip_bytes()
+
+    # -- commands ---------------------------------------------------------------------------------
+
+    async def invite(self, *, ttl_s: float, uses: int, role: Role, issuer: bool) -> dict[str, Any]:
+        """A token for `meshd run --join`. Raises NoMesh, NotIssuer, InvalidRequest."""
+        mine = self._issuing()
+        if issuer and role is Role.CLIENT:
+            raise InvalidRequest("a client cannot be an issuer; leave one of the two out")
+        assert self._invites is not None
+        invite = await self._pool.run(
+            self._invites.issue,
+            mine,
+            ttl_s=ttl_s,
+            uses=uses,
+            role=role,
+            issuer=issuer,
+            addresses=self._addresses,
+        )
+        token = encode_invite(invite)
+        return {
+            "token": token,
+            "expires_at": invite.expires_at,
+            "command": f"meshd run --join {token}",
+        }
+
+    async def revoke(self, name: str) -> dict[str, Any]:
+        """Put a node on the deny list, for good. Raises NoMesh, NotIssuer, NotFound."""
+        self._issuing()
+        session = self._session
+        assert session is not None
+        node = resolve_node(name, self._needs.board.current.peers)
+        if node == self._identity.node_id:
+            raise InvalidRequest("a node cannot revoke itself; `meshd leave` leaves the mesh")
+        known = next((p.name for p in self._needs.board.current.peers if p.id == node), node[:8])
+        await session.trust.deny(node)
+        session.denied((node,))
+        return {"node": known, "id": node}
+
+    async def leave(self) -> dict[str, Any]:
+        """Leave the mesh for good: its certificate and keys are gone from the data directory."""
+        session, mine = self._session, self._membership
+        if session is None or mine is None:
+            raise NoMesh("this node belongs to no mesh")
+        session.leave()
+        await asyncio.sleep(GOODBYE_S)
+        self._end_session()
+        await self._pool.run(self._store.remove)
+        self._membership = None
+        log.info("left mesh `%s`", mine.mesh_name)
+        self._show(MeshState.NONE, "left; `meshd run --join TOKEN` joins a mesh again", "")
+        return {"mesh": mine.mesh_name}
+
+    def _issuing(self) -> Membership:
+        mine, session = self._membership, self._session
+        if mine is None or session is None:
+            raise NoMesh("this node belongs to no mesh yet; see `meshd status`")
+        if mine.authority is None:
+            raise NotIssuer(
+                "this node does not hold the mesh's key; run the command on the node that founded "
+                "the mesh, or on one that joined with `meshd invite --issuer`"
+            )
+        return mine
+
+    def _show(self, state: MeshState, reason: str, mesh_name: str) -> None:
+        mesh = MeshView(id=None, name=mesh_name, state=state, reason=reason)
+        publish(self._needs.board, self._config.name, mesh, ())
