@@ -20,13 +20,15 @@ SYNC_BYTES: Final = 16 * 1024
 
 
 def bucket_of(node: NodeId) -> int:
-    return zlib.crc32(node.encode()) % BUCKETS
+    return zlib.crc32(node.encode(errors="surrogatepass")) % BUCKETS
 
 
 def fingerprint(statement: Alive) -> int:
     """64 bits over what makes a statement newer than another of the same node."""
-    word = f"{statement.node}/{statement.incarnation}/{statement.version}".encode()
-    return int.from_bytes(hashlib.blake2b(word, digest_size=8).digest())
+    word = f"{statement.node}/{statement.incarnation}/{statement.version}"
+    return int.from_bytes(
+        hashlib.blake2b(word.encode(errors="surrogatepass"), digest_size=8).digest()
+    )
 
 
 class Buckets:
@@ -54,7 +56,7 @@ class Buckets:
 def chunks(
     updates: Iterable[Update], limit_bytes: int = SYNC_BYTES
 ) -> Iterator[tuple[Update, ...]]:
-    """In order, each within `limit_bytes` unless it is a single update. At least one, maybe empty."""
+    """In order, each within `limit_bytes` or a single update. At least one, maybe empty."""
     chunk: list[Update] = []
     size = 0
     for update in updates:

@@ -86,13 +86,13 @@ def newer(first: Alive, second: Alive) -> bool:
     return _order(first) > _order(second)  # 1
 
 
-def believable(update: Update, member: Member | None) -> bool:
-    """Whether `update` may be true. Statements are signed; accusations are bounded."""
+def believable(update: Update, known: int) -> bool:
+    """Whether `update` may be true of a node whose incarnation `known` is the highest heard of (-1
+    if none). Statements are signed; accusations are bounded."""
     if not 0 <= update.incarnation <= MOST_INCARNATION:
         return False
     if isinstance(update, Alive):
         return 0 <= update.version <= MOST_INCARNATION
-    known = member.incarnation if member is not None else -1
     return update.incarnation <= max(known, BELIEVABLE_FIRST) + BELIEVABLE_STEP
 
 

@@ -60,11 +60,12 @@ class Outbox:
         self._effects.append(Send(to, message))
 
     def _updates(self, to: NodeId, first: tuple[Update, ...] = ()) -> tuple[Update, ...]:
-        """What is held against `to` comes before all: it can be refuted only by who knows of it."""
+        """What is held against `to` comes before all: it can be refuted only by who knows of it.
+        Other news are not wasted on somebody who perhaps does not hear them."""
         member = self._roster.get(to)
         accusation = member.accusation() if member is not None else None
         if accusation is not None:
-            first = (accusation, *first)
+            return (accusation, *first)
         if not self.news:
             return first
         budget = MESSAGE_BYTES - sum(map(encoded_size, first))

@@ -1,14 +1,19 @@
-"""What we say of ourselves, and what to do about what others say of us."""
+"""What we say of ourselves, and what to do about what others say of us.
+
+Only we raise our incarnation, and only in answer to somebody who is wrong about us.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Final
 
 from meshd.ids import NodeId
-from meshd.peers.gossip import Alive, Update
-from meshd.peers.members import MOST_INCARNATION, newer
+from meshd.peers.awareness import Awareness
+from meshd.peers.gossip import Alive, SelfImpersonated, StateSelf, Update
+from meshd.peers.members import MOST_INCARNATION, believable, newer
+from meshd.peers.outbox import Outbox
+from meshd.peers.roster import Roster
 
 MOST_ACCUSERS: Final = 8
 ASK_AGAIN_S: Final = 1.0
@@ -25,18 +30,46 @@ class Verdict(Enum):
     """Signed by our key, and not by us; to be refuted."""
 
 
-@dataclass(slots=True)
 class OwnWord:
-    """Only we raise our incarnation, and only in answer to somebody who is wrong about us."""
-
-    statement: Alive | None = None
-    _asked: int = -1
-    _asked_at: float = 0.0
-    _accusers: list[NodeId] = field(default_factory=list)
+    def __init__(
+        self, self_id: NodeId, roster: Roster, outbox: Outbox, awareness: Awareness
+    ) -> None:
+        self.statement: Alive | None = None
+        """The last one; None before the first."""
+        self._self_id = self_id
+        self._roster = roster
+        self._outbox = outbox
+        self._awareness = awareness
+        self._asked = -1
+        self._asked_at = 0.0
+        self._accusers: list[NodeId] = []
 
     @property
     def left(self) -> bool:
         return self.statement is not None and self.statement.left
+
+    def answer(self, update: Update, source: NodeId, now: float) -> bool:
+        """Refute what is wrong about us; whether it is merely outdated, and `source` should hear
+        our last word."""
+        stated = self.statement.incarnation if self.statement is not None else -1
+        if not believable(update, stated):
+            return False
+        match self.judge(update):
+            case Verdict.KNOWN:
+                return False
+            case Verdict.OUTDATED:
+                return True
+            case Verdict.STOLEN if isinstance(update, Alive):
+                self._outbox.emit(SelfImpersonated(update))
+            case _:
+                self._accused_by(source)
+                if not isinstance(update, Alive):
+                    self._accused_by(update.by)
+        incarnation = self._try_raise(update.incarnation, now)
+        if incarnation is not None:
+            self._awareness.doubt()
+            self._outbox.emit(StateSelf(incarnation))
+        return False
 
     def judge(self, update: Update) -> Verdict:
         own = self.statement
@@ -52,9 +85,30 @@ class OwnWord:
         same = (update.version, update.left) == (own.version, own.left)
         return Verdict.STOLEN if same and update != own else Verdict.KNOWN
 
-    def try_refute(self, incarnation: int, now: float) -> int | None:
-        """The incarnation to state so that `incarnation` is answered; None if that is under way or
-        cannot be."""
+    def try_state(self, statement: Alive) -> bool:
+        """Take our new word and tell it, our accusers first; False if it is not newer."""
+        before = self.statement
+        if statement.node != self._self_id:
+            return False
+        if before is not None and not newer(statement, before):
+            return False
+        self.statement = statement
+        if before is not None:
+            self._roster.buckets.toggle(before)
+        self._roster.buckets.toggle(statement)
+        self._outbox.news.put(statement)
+        accusers, self._accusers = self._accusers, []
+        for accuser in accusers:
+            self._outbox.gossip(accuser, statement)
+        return True
+
+    def _accused_by(self, accuser: NodeId) -> None:
+        if accuser != self._self_id and accuser not in self._accusers:
+            del self._accusers[MOST_ACCUSERS - 1 :]
+            self._accusers.append(accuser)
+
+    def _try_raise(self, incarnation: int, now: float) -> int | None:
+        """The incarnation that answers `incarnation`; None if one is under way, or none is left."""
         if self._asked > incarnation and now - self._asked_at < ASK_AGAIN_S:
             return None
         if incarnation >= MOST_INCARNATION:
@@ -62,20 +116,3 @@ class OwnWord:
         self._asked = max(self._asked, incarnation + 1)
         self._asked_at = now
         return self._asked
-
-    def accused_by(self, *accusers: NodeId) -> None:
-        for accuser in accusers:
-            if accuser not in self._accusers and len(self._accusers) < MOST_ACCUSERS:
-                self._accusers.append(accuser)
-
-    def take_accusers(self) -> list[NodeId]:
-        """Who is told first that we have refuted."""
-        accusers, self._accusers = self._accusers, []
-        return accusers
-
-    def try_state(self, statement: Alive) -> bool:
-        """Take our own new word; False if it is older than the last one."""
-        if self.statement is not None and not newer(statement, self.statement):
-            return False
-        self.statement = statement
-        return True

@@ -85,9 +85,11 @@ class Roster:
         at = bisect.bisect_left(self._living, member.node)
         if member.lives:
             self._living.insert(at, member.node)
-            # Somewhere in the round that runs: a crowd of newcomers is not probed by all at once.
-            place = int(self._chance.random() * (len(self._order) + 1))
-            self._order.insert(place, member.node)
+            # Somewhere in the round that runs: a newcomer is not probed by all at once. A node that
+            # comes and goes must not fill the round with itself.
+            if len(self._order) < 2 * len(self._living):
+                place = int(self._chance.random() * (len(self._order) + 1))
+                self._order.insert(place, member.node)
         else:
             del self._living[at]
 

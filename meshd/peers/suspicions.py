@@ -40,6 +40,8 @@ class Suspicions:
         self._seqs: dict[NodeId, int] = {}
         """Number of the pings to a node under own suspicion."""
         self._by_seq: dict[int, NodeId] = {}
+        self._helpers: dict[NodeId, set[NodeId]] = {}
+        """Who was asked to try it."""
 
     def is_own(self, node: NodeId) -> bool:
         return node in self._seqs
@@ -70,6 +72,7 @@ class Suspicions:
         seq = self._seqs.pop(node, None)
         if seq is not None:
             del self._by_seq[seq]
+            self._helpers.pop(node, None)
             self._agenda.cancel(NextReprobe(node))
 
     def try_confirm(self, node: NodeId, by: NodeId) -> bool:
@@ -107,12 +110,13 @@ class Suspicions:
         self._outbox.ping(node, seq)
         for relay in self._roster.sample(self._timing.relays, (node,)):
             self._outbox.ping_req(relay, seq, node)
+            self._helpers.setdefault(node, set()).add(relay)
         self._agenda.set(NextReprobe(node), now + self._gap_s())
 
-    def acked(self, seq: int, now: float) -> None:
-        """A relay got an answer."""
+    def acked(self, sender: NodeId, seq: int, now: float) -> None:
+        """Somebody got an answer; it counts if we asked that one."""
         node = self._by_seq.get(seq)
-        if node is not None:
+        if node is not None and sender in self._helpers.get(node, ()):
             self.live(node, now)
 
     def end(self, node: NodeId, now: float) -> tuple[End, Why]:

@@ -31,20 +31,18 @@ from meshd.peers import alarms
 from meshd.peers.agenda import Agenda
 from meshd.peers.alarms import Alarm
 from meshd.peers.awareness import Awareness
+from meshd.peers.beliefs import Beliefs
 from meshd.peers.errands import Errands
 from meshd.peers.exchange import Exchange
 from meshd.peers.gossip import (
     Ack,
-    AdvertNewer,
     Alive,
-    Dead,
     DialRefused,
     Digest,
     Effect,
     Event,
     Gossip,
     LinkLost,
-    MemberChanged,
     Message,
     MessageReceived,
     Nack,
@@ -52,17 +50,14 @@ from meshd.peers.gossip import (
     NodeRevoked,
     Ping,
     PingReq,
-    SelfImpersonated,
     SelfStated,
-    StateSelf,
-    Suspect,
     Sync,
     Update,
     Why,
 )
-from meshd.peers.members import Charge, Member, believable, joined
+from meshd.peers.members import Member
 from meshd.peers.outbox import Outbox
-from meshd.peers.own_word import OwnWord, Verdict
+from meshd.peers.own_word import OwnWord
 from meshd.peers.probing import Probing
 from meshd.peers.roster import Chance, Roster
 from meshd.peers.suspicions import End, Suspicions
@@ -70,8 +65,6 @@ from meshd.peers.throttle import Throttle
 from meshd.peers.timing import Timing
 from meshd.view import PeerState
 
-MOST_REVOKED: Final = 65_536
-"""Full-policy: the first falls out; the handshake still refuses it."""
 FAREWELLS: Final = 8
 TELL_AGAIN_S: Final = 0.5
 """Between two messages to one node whose only purpose is to say that it is suspected or dead."""
@@ -87,14 +80,23 @@ class Swim:
         self._chance = chance
         self._agenda: Agenda[Alarm] = Agenda()
         self._awareness = Awareness()
-        self._own = OwnWord()
         self._roster = Roster(self_id, chance)
         self._out = Outbox(self._roster)
+        self._own = OwnWord(self_id, self._roster, self._out, self._awareness)
         self._probing = Probing(self._roster, self._out, self._agenda, self._awareness, timing)
         self._errands = Errands(self._out, self._agenda, timing.relay_timeout_s)
         self._suspicions = Suspicions(self._roster, self._out, self._agenda, timing)
         self._exchange = Exchange(self_id, self._roster, self._out)
-        self._revoked: dict[NodeId, None] = {}
+        self._beliefs = Beliefs(
+            self_id,
+            self._roster,
+            self._out,
+            self._agenda,
+            self._suspicions,
+            self._probing,
+            self._exchange,
+            timing,
+        )
         self._tells = Throttle(TELL_AGAIN_S, 1024)
         self._push_at = 0.0
         self._started = False
@@ -133,7 +135,7 @@ class Swim:
             case SelfStated():
                 self._state(event.statement, now)
             case NodeRevoked():
-                self._revoke(event.node)
+                self._beliefs.revoke(event.node)
             case Tick():
                 pass
             case _:
@@ -181,7 +183,7 @@ class Swim:
             case alarms.NextRetry():
                 self._retry(now)
             case alarms.TombstoneAges(node):
-                self._forget(node, Why.FORGOTTEN)
+                self._beliefs.forget(node, Why.FORGOTTEN)
             case alarms.NextPush():
                 pass  # every event ends with it
             case _:
@@ -199,7 +201,7 @@ class Swim:
         failure = self._probing.give_up(seq)
         if failure is None:
             return
-        self._suspect(failure.target, Why.NO_ANSWER, now)  # 2
+        self._beliefs.suspect(failure.target, Why.NO_ANSWER, now)  # 2
         for relay in failure.silent:
             if not self._suspicions.is_own(relay):
                 self._probing.follow(relay, now)
@@ -207,7 +209,7 @@ class Swim:
     def _end_suspicion(self, node: NodeId, now: float) -> None:
         end, why = self._suspicions.end(node, now)
         if end is End.DEATH:
-            self._bury(node, why, now)
+            self._beliefs.bury(node, why, now)
         elif end is End.LOOK:
             self._probing.follow(node, now)
 
@@ -232,7 +234,7 @@ class Swim:
     # -- messages ---------------------------------------------------------------------------------
 
     def _receive(self, sender: NodeId, message: Message, now: float) -> None:
-        if sender == self._self_id or sender in self._revoked:
+        if sender == self._self_id or self._beliefs.is_revoked(sender):
             return
         self._suspicions.live(sender, now)  # 4
         outdated = False
@@ -253,12 +255,14 @@ class Swim:
                 return
             case Ack():
                 self._probing.acked(sender, message.seq, now)
-                self._suspicions.acked(message.seq, now)
+                self._suspicions.acked(sender, message.seq, now)
                 self._errands.acked(sender, message.seq)
             case Nack():
                 self._probing.nacked(sender, message.seq)
             case PingReq() if message.target == self._self_id:
                 self._out.ack(sender, message.seq)
+            case PingReq() if self._beliefs.is_revoked(message.target):
+                self._out.nack(sender, message.seq)
             case PingReq():
                 self._errands.run(sender, message.seq, message.target, now)
             case _:
@@ -279,9 +283,9 @@ class Swim:
         outdated = False
         for update in updates:
             if update.node == self._self_id:
-                outdated |= self._answer_for_self(update, sender, now)
+                outdated |= self._own.answer(update, sender, now)
             else:
-                self._merge(update, sender, Why.TOLD, now)
+                self._beliefs.learn(update, sender, Why.TOLD, now)
         return outdated
 
     def _learn_all(self, sender: NodeId, updates: tuple[Update, ...], now: float) -> bool:
@@ -290,11 +294,11 @@ class Swim:
         outdated = False
         for update in updates:
             if update.node == self._self_id:
-                outdated |= self._answer_for_self(update, sender, now)
+                outdated |= self._own.answer(update, sender, now)
             elif isinstance(update, Alive):
                 known = update.node in self._roster.members
                 if known or not update.left:
-                    self._merge(update, sender, Why.TOLD, now, tell=known)
+                    self._beliefs.learn(update, sender, Why.TOLD, now, tell=known)
             else:
                 member = self._roster.get(update.node)
                 alive = member is not None and member.state is PeerState.ALIVE
@@ -302,111 +306,14 @@ class Swim:
                     self._probing.follow(update.node, now, update)
         return outdated
 
-    # -- what happens to members ------------------------------------------------------------------
-
-    def _merge(
-        self, update: Update, source: NodeId, why: Why, now: float, *, tell: bool = True
-    ) -> None:
-        """Take one update about another node; `source` is where we have it from, maybe us."""
-        node = update.node
-        old = self._roster.get(node)
-        if node in self._revoked or node == self._self_id or not believable(update, old):
-            return
-        if isinstance(update, Alive):
-            by = None if source == node else source
-            if old is not None and old.state in (PeerState.SUSPECT, PeerState.DEAD):
-                why = Why.REFUTED
-            why = Why.LEFT if update.left else why
-        else:
-            by = None if update.by == self._self_id else update.by
-        new = joined(old, update, now, why, by)
-        if new is None:
-            self._confirm(update, old)
-        elif self._make_room(node):
-            self._put(old, new, now)
-            if new.version > (old.version if old is not None else -1):
-                self._out.emit(AdvertNewer(node, new.version, source))
-            told = update if isinstance(update, Alive) else new.accusation()
-            changed = old is None or old.state is not new.state or isinstance(update, Alive)
-            if tell and changed and told is not None:
-                self._out.news.put(told)
-
-    def _confirm(self, update: Update, old: Member | None) -> None:
-        if (
-            isinstance(update, Suspect)
-            and old is not None
-            and old.accused == update.incarnation
-            and old.accuser != update.by
-            and update.by != self._self_id
-            and self._suspicions.try_confirm(update.node, update.by)
-        ):
-            self._out.news.put(update)
-
-    def _put(self, old: Member | None, new: Member, now: float) -> None:
-        node = new.node
-        self._roster.put(new)
-        before = old.state if old is not None else None
-        if before is new.state:
-            return
-        self._out.emit(MemberChanged(node, before, new.state, new.why, new.by))
-        if not new.lives:
-            self._suspicions.clear(node)
-            self._probing.drop(node)
-            left = new.state is PeerState.LEFT
-            kept_s = self._timing.left_kept_s if left else self._timing.dead_kept_s
-            self._agenda.set(alarms.TombstoneAges(node), now + kept_s)
-            return
-        self._agenda.cancel(alarms.TombstoneAges(node))
-        if new.state is PeerState.ALIVE:
-            self._suspicions.clear(node)
-            if before is PeerState.DEAD:
-                self._exchange.compare_revived(node, now)
-        else:
-            self._suspicions.hear(node, now)
-            if new.charges == Charge.DECLARED_DEAD:
-                self._probing.follow(node, now)
-
-    def _suspect(self, node: NodeId, why: Why, now: float, *, link_lost: bool = False) -> None:
-        member = self._roster.get(node)
-        if member is None or not member.lives:
-            return
-        word = Suspect(node, member.incarnation, self._self_id)
-        self._merge(word, self._self_id, why, now)
-        member = self._roster.get(node)
-        if member is not None and member.state is PeerState.SUSPECT:
-            if not self._suspicions.is_own(node):
-                self._out.news.put(word)
-            self._suspicions.adopt(node, now, link_lost=link_lost)
-
-    def _bury(self, node: NodeId, why: Why, now: float) -> None:
-        member = self._roster.get(node)
-        if member is not None:
-            self._merge(Dead(node, member.incarnation, self._self_id), self._self_id, why, now)
-
-    def _forget(self, node: NodeId, why: Why) -> None:
-        member = self._roster.remove(node)
-        if member is not None:
-            self._out.emit(MemberChanged(node, member.state, None, why))
-        self._agenda.cancel(alarms.TombstoneAges(node))
-        self._suspicions.clear(node)
-        self._probing.drop(node)
-        self._out.news.drop(node)
-
-    def _make_room(self, node: NodeId) -> bool:
-        evicted, room = self._roster.try_make_room(node)
-        if evicted is not None:
-            self._out.emit(MemberChanged(evicted.node, evicted.state, None, Why.FORGOTTEN))
-            self._agenda.cancel(alarms.TombstoneAges(evicted.node))
-        return room
-
     # -- links ------------------------------------------------------------------------------------
 
     def _meet(self, statement: Alive, now: float) -> None:
         node = statement.node
         if node == self._self_id:
-            self._answer_for_self(statement, node, now)
-        elif node not in self._revoked:
-            self._merge(statement, node, Why.MET, now)
+            self._own.answer(statement, node, now)
+        elif not self._beliefs.is_revoked(node):
+            self._beliefs.learn(statement, node, Why.MET, now)
             self._suspicions.live(node, now)  # 4
             self._tell(node, now)
             if self._self_id < node:  # one of both is enough
@@ -414,50 +321,20 @@ class Swim:
 
     def _lose_link(self, node: NodeId, now: float) -> None:  # 3
         self._probing.drop(node)
-        self._suspect(node, Why.LINK_LOST, now, link_lost=True)
+        self._beliefs.suspect(node, Why.LINK_LOST, now, link_lost=True)
 
     def _refuse(self, node: NodeId, now: float) -> None:  # 3
         self._probing.drop(node)
         if not self._suspicions.is_own(node):
-            self._suspect(node, Why.REFUSED, now)
+            self._beliefs.suspect(node, Why.REFUSED, now)
         if self._suspicions.refuse(node, now):
-            self._bury(node, Why.REFUSED, now)
-
-    def _revoke(self, node: NodeId) -> None:
-        if len(self._revoked) >= MOST_REVOKED and node not in self._revoked:
-            del self._revoked[next(iter(self._revoked))]
-        self._revoked[node] = None
-        self._forget(node, Why.REVOKED)
+            self._beliefs.bury(node, Why.REFUSED, now)
 
     # -- ourselves --------------------------------------------------------------------------------
 
-    def _answer_for_self(self, update: Update, source: NodeId, now: float) -> bool:  # 5
-        """Refute what is wrong; whether it is merely outdated, and the source should hear more."""
-        if not believable(update, None) and not isinstance(update, Alive):
-            return False
-        match self._own.judge(update):
-            case Verdict.KNOWN:
-                return False
-            case Verdict.OUTDATED:
-                return True
-            case Verdict.STOLEN if isinstance(update, Alive):
-                self._out.emit(SelfImpersonated(update))
-            case _:
-                self._own.accused_by(source, *(() if isinstance(update, Alive) else (update.by,)))
-        incarnation = self._own.try_refute(update.incarnation, now)
-        if incarnation is not None:
-            self._awareness.doubt()
-            self._out.emit(StateSelf(incarnation))
-        return False
-
-    def _state(self, statement: Alive, now: float) -> None:
-        before = self._own.statement
-        if statement.node != self._self_id or not self._own.try_state(statement):
+    def _state(self, statement: Alive, now: float) -> None:  # 5
+        if not self._own.try_state(statement):
             return
-        if before is not None:
-            self._roster.buckets.toggle(before)
-        self._roster.buckets.toggle(statement)
-        self._out.news.put(statement)
         if statement.left:  # 8
             self._started = False
             for alarm in (alarms.NextProbe(), alarms.NextDigest(), alarms.NextRetry()):
@@ -466,6 +343,3 @@ class Swim:
                 self._out.gossip(node, statement)
         elif not self._started:
             self._start(now)
-        for accuser in self._own.take_accusers():
-            if accuser != self._self_id:
-                self._out.gossip(accuser, statement)

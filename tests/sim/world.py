@@ -262,9 +262,7 @@ class World:
         if due is not None and (node.wakes_at is None or due < node.wakes_at):
             node.wakes_at = max(due, self.now)
             self._count += 1
-            heapq.heappush(
-                self._heap, (node.wakes_at, self._count, node.index, node.boot, Tick())
-            )
+            heapq.heappush(self._heap, (node.wakes_at, self._count, node.index, node.boot, Tick()))
 
     def _send(self, node: Node, order: Send) -> None:
         self.messages += 1
