@@ -10,6 +10,7 @@ the first step that failed there is nothing left to look at; the rest is skipped
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import socket
 import ssl
@@ -161,7 +162,8 @@ class _Examination:
             except TimeoutError:
                 problems.append(f"{ip} did not answer within {TCP_TIMEOUT_S:.0f} s")
             except OSError as error:
-                problems.append(f"{ip}: {(error.strerror or str(error)).lower()}")
+                # The loop puts words of its own into `strerror`.
+                problems.append(f"{ip}: {os.strerror(error.errno or 0).lower()}")
             else:
                 return f"connected to {ip} in {(time.monotonic() - began) * 1000:.1f} ms"
         refused = all("refused" in problem for problem in problems)
