@@ -6,12 +6,15 @@ event to its owner. Sizes are bytes, times are seconds, `*_at` in a view is Unix
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
+from typing import TypeAlias, TypeVar
 
 from meshd.ids import InstanceId, MeshId, ModelId, NodeId
+
+T = TypeVar("T")
 
 
 class NodeState(StrEnum):
@@ -251,6 +254,8 @@ def with_local(view: View, local: Mapping[ModelId, ModelView]) -> View:
 
 def with_peers(view: View, peers: tuple[PeerView, ...]) -> View:
     """`view` with another picture of the other nodes."""
+    if _same_models(view.peers, peers):  # round trips change all the time, and nothing else
+        return replace(view, peers=peers)
     return replace(view, peers=peers, models=_renewed(view.models, union(view.local, peers)))
 
 
@@ -290,25 +295,40 @@ def union(
     reachable = [p for p in peers if p.state in (PeerState.ALIVE, PeerState.SUSPECT)]  # 1
     if not reachable:
         return local
-    models = dict(local)
     taken = {t.instance for model in local.values() for t in model.targets}
+    digests = {name: model.digest for name, model in local.items()}
+    found: dict[ModelId, list[_Found]] = {}
     for peer in sorted(reachable, key=lambda p: p.id):
         for theirs in peer.models:
-            ours = models.get(theirs.id)
-            if ours is not None and _differ(ours.digest, theirs.digest):  # 2
+            digest = digests.get(theirs.id)
+            if digest is None:
+                digests[theirs.id] = theirs.digest
+            elif theirs.digest is not None and theirs.digest != digest:  # 2
                 continue
             target = None if theirs.instance in taken else _target(peer, theirs)  # 3
             if target is not None:
                 taken.add(target.instance)
-            model = _as_model(peer, theirs, target)
-            models[theirs.id] = model if ours is None else _joined(ours, model)
-    suspects = {p.id for p in reachable if p.state is PeerState.SUSPECT}
-    if suspects:
-        for name, model in models.items():  # 4
-            sure = tuple(t for t in model.targets if t.node_id not in suspects)
-            if sure and len(sure) < len(model.targets):
-                models[name] = replace(model, targets=sure)
+            found.setdefault(theirs.id, []).append((peer, theirs, target))
+    models = dict(local)
+    for name, parts in found.items():
+        models[name] = _joined(local.get(name), parts, digests[name])
     return MappingProxyType(dict(sorted(models.items())))
+
+
+_Found: TypeAlias = tuple[PeerView, PeerModel, Target | None]
+"""A model as one peer has it, and its engine there if that takes requests."""
+
+
+def _same_models(old: tuple[PeerView, ...], new: tuple[PeerView, ...]) -> bool:
+    """Whether two pictures of the other nodes come to the same union."""
+    return len(old) == len(new) and all(
+        a is b
+        or (
+            (a.id, a.name, a.state, a.draining) == (b.id, b.name, b.state, b.draining)
+            and a.models == b.models
+        )
+        for a, b in zip(old, new, strict=True)
+    )
 
 
 def _renewed(
@@ -318,22 +338,63 @@ def _renewed(
     return old if old == new else new
 
 
-def _differ(first: str | None, second: str | None) -> bool:
-    """Whether two digests are known, and not one."""
-    return first is not None and second is not None and first != second
-
-
-def _joined(first: ModelView, second: ModelView) -> ModelView:
-    best = second if _RANK[second.state] < _RANK[first.state] else first  # 5
-    return replace(
-        best,
-        ref=first.ref,
-        digest=first.digest or second.digest,
-        capabilities=best.capabilities or first.capabilities or second.capabilities,
-        created_at=first.created_at or second.created_at,
-        hosts=first.hosts + second.hosts,
-        targets=first.targets + second.targets,
+def _joined(ours: ModelView | None, parts: list[_Found], digest: str | None) -> ModelView:
+    """One model of several nodes: this one's part, if it has one, and those of others."""
+    best: ModelView | PeerModel | None = ours
+    state = ModelState.ABSENT if ours is None else ours.state
+    for _, theirs, target in parts:  # 5
+        theirs_now = _state(theirs, target)
+        if best is None or _RANK[theirs_now] < _RANK[state]:
+            best, state = theirs, theirs_now
+    assert best is not None, "a model is found somewhere"
+    targets = [] if ours is None else list(ours.targets)
+    targets += [target for _, _, target in parts if target is not None]
+    suspects = {peer.id for peer, _, _ in parts if peer.state is PeerState.SUSPECT}
+    sure = [t for t in targets if t.node_id not in suspects]
+    everybody = [m for m in (ours, *(theirs for _, theirs, _ in parts)) if m is not None]
+    return ModelView(
+        id=best.id,
+        ref=everybody[0].ref,
+        state=state,
+        reason=best.reason,
+        progress=best.progress,
+        retry_after_s=best.retry_after_s if isinstance(best, ModelView) else None,
+        digest=digest,
+        context_length=best.context_length,
+        capabilities=best.capabilities or _first(m.capabilities for m in everybody) or (),
+        created_at=_first(m.created_at for m in everybody) or 0,
+        evidence=best.evidence if isinstance(best, ModelView) else (),
+        hosts=(*(() if ours is None else ours.hosts), *_hosts(parts)),
+        targets=tuple(sure or targets),  # 4
     )
+
+
+def _first(values: Iterable[T]) -> T | None:
+    """The first that is not empty."""
+    return next((value for value in values if value), None)
+
+
+def _hosts(parts: list[_Found]) -> Iterator[HostView]:
+    for peer, theirs, target in parts:
+        state = _state(theirs, target)
+        if state is not ModelState.ABSENT:
+            yield HostView(
+                node=peer.name,
+                node_id=peer.id,
+                epoch=theirs.epoch,
+                state=state,
+                context_length=theirs.context_length,
+                slots=theirs.slots,
+                slots_free=theirs.slots_free,
+                bytes_on_disk=theirs.bytes_on_disk,
+            )
+
+
+def _state(theirs: PeerModel, target: Target | None) -> ModelState:
+    """Theirs, as it looks from here: an engine that takes no requests is on its way out."""
+    if theirs.state is ModelState.READY and target is None:
+        return ModelState.DRAINING
+    return theirs.state
 
 
 def _target(peer: PeerView, theirs: PeerModel) -> Target | None:
@@ -349,38 +410,4 @@ def _target(peer: PeerView, theirs: PeerModel) -> Target | None:
         local=False,
         node_id=peer.id,
         slots_free=theirs.slots_free,
-    )
-
-
-def _as_model(peer: PeerView, theirs: PeerModel, target: Target | None) -> ModelView:
-    """What one peer says of a model, as if it were the only node that has it."""
-    state = theirs.state
-    if state is ModelState.READY and target is None:
-        state = ModelState.DRAINING
-    hosts: tuple[HostView, ...] = ()
-    if state is not ModelState.ABSENT:
-        hosts = (
-            HostView(
-                node=peer.name,
-                node_id=peer.id,
-                epoch=theirs.epoch,
-                state=state,
-                context_length=theirs.context_length,
-                slots=theirs.slots,
-                slots_free=theirs.slots_free,
-                bytes_on_disk=theirs.bytes_on_disk,
-            ),
-        )
-    return ModelView(
-        id=theirs.id,
-        ref=theirs.ref,
-        state=state,
-        reason=theirs.reason,
-        progress=theirs.progress,
-        digest=theirs.digest,
-        context_length=theirs.context_length,
-        capabilities=theirs.capabilities,
-        created_at=theirs.created_at,
-        hosts=hosts,
-        targets=() if target is None else (target,),
     )
