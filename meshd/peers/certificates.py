@@ -7,7 +7,6 @@ in a certificate is read. Pure: readings of the wall clock are arguments (Unix t
 
 from __future__ import annotations
 
-import datetime as dt
 import functools
 import hashlib
 import re
@@ -24,6 +23,7 @@ from cryptography.x509.oid import NameOID
 from meshd.errors import PeerRefused, ProtocolError
 from meshd.ids import MeshId, NodeId
 from meshd.peers.identity import node_id_of
+from meshd.peers.wire import date
 from meshd.view import Role
 
 if TYPE_CHECKING:
@@ -101,7 +101,11 @@ def authenticate_leaf(
         raise PeerRefused("the other side showed no certificate", reason="no_certificate")
     leaf = read_leaf(certificate, ca_certificate)
     if leaf.node_id in denied:
-        raise PeerRefused(f"node {leaf.node_id[:8]} was revoked", reason="denied")
+        raise PeerRefused(
+            f"node {leaf.node_id[:8]} was revoked: it is on the mesh's deny list; a new --data-dir "
+            "and a new invite admit its machine again",
+            reason="denied",
+        )
     if not leaf.not_before <= now <= leaf.not_after:
         raise PeerRefused(
             f"the certificate of node {leaf.node_id[:8]} is valid from {date(leaf.not_before)} to "
@@ -202,15 +206,6 @@ def subject_field(certificate: x509.Certificate, oid: x509.ObjectIdentifier) -> 
     if len(values) != 1 or not isinstance(values[0], str):
         raise ProtocolError("the subject of the certificate is not that of a node")
     return values[0]
-
-
-def date(unix: float) -> str:
-    """A moment as people write it, UTC."""
-    try:
-        moment = dt.datetime.fromtimestamp(unix, dt.UTC)
-    except (OverflowError, ValueError, OSError):
-        return "a date out of range"
-    return f"{moment:%Y-%m-%d %H:%M} UTC"
 
 
 def _parse(encoded: bytes) -> x509.Certificate:

@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 ECHO_S: Final = 0.7
 """How long the process that holds an id has to answer before a newcomer takes its place."""
+LAST_WORDS_S: Final = 0.5
+"""From a goodbye to the end of a connection whose other side does not close it."""
 MAX_BOOTS: Final = 4096
 MAX_PENDING: Final = 8
 """Frames kept for a node while it is dialled. Full-policy: the oldest goes; gossip is repeated."""
@@ -135,7 +137,7 @@ class Linking:
         link = self.links.get(node)
         if link is not None:
             link.send({"t": "refused", "reason": "denied", "message": _DENIED})
-            link.part("denied")
+            self._part(link, "denied")
 
     # -- arrivals ---------------------------------------------------------------------------------
 
@@ -310,7 +312,13 @@ class Linking:
     def _make_room(self, newest: ControlLink) -> None:
         if len(self.links) > self._max_links:
             oldest = min((k for k in self.links if k is not newest), key=lambda k: k.used_at)
-            oldest.part("idle")
+            self._part(oldest, "idle")
+
+    def _part(self, link: ControlLink, why: str) -> None:
+        """It stands no more from now on, whether the other side reads the goodbye or not."""
+        link.part(why)
+        self._link_ended(link, False)
+        asyncio.get_running_loop().call_later(LAST_WORDS_S, link.drop)
 
     def _frame_came(self, link: ControlLink, frame: dict[str, Any]) -> None:
         link.used_at = self._clock.now()

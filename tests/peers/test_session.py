@@ -1,0 +1,282 @@
+"""Memberships in action: links, gossip, adverts, denials between real sessions on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+
+from meshd.errors import PeerRefused, PeerUnreachable
+from meshd.ids import NodeId
+from meshd.kernel import Pool
+from meshd.peers.codec import message_to_wire
+from meshd.peers.frames import frame
+from meshd.peers.gossip import Dead, Gossip
+from meshd.peers.protocol import ALPN_CTL, ALPN_RAW
+from meshd.view import MeshState, NodeState, PeerState, Role
+from tests.peers.station import EchoBack, Station
+
+Maker = Callable[..., Awaitable[Station]]
+
+
+def pytest_asyncio_loop_factories(config: Any, item: Any) -> dict[str, Any]:
+    """The loop the daemon runs on."""
+    return {"uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture
+async def make(tmp_path: Path) -> AsyncIterator[Maker]:
+    """`await make("a")` founds a mesh; `await make("b", a)` joins it and knows where `a` is."""
+    pool, made = Pool("work", workers=2), []
+
+    async def one(
+        name: str, issuer: Station | None = None, role: Role = Role.MEMBER, **peers: Any
+    ) -> Station:
+        station = Station(name, tmp_path, pool, **peers)
+        if issuer is None:
+            station.found()
+            await station.start()
+        else:
+            station.join(issuer, role)
+            await station.start(issuer.address)
+        made.append(station)
+        return station
+
+    yield one
+    for station in made:
+        await station.stop()
+    pool.close()
+
+
+def alive(at: Station, other: Station) -> bool:
+    peer = at.peer(other)
+    return peer is not None and peer.state is PeerState.ALIVE and peer.name == other.name
+
+
+async def all_see_all(*stations: Station) -> None:
+    for station in stations:
+        await station.until(
+            lambda s=station: all(alive(s, o) for o in stations if o is not s),
+            f"{[o.name for o in stations]} alive",
+        )
+
+
+async def test_two_nodes_see_each_other_and_what_they_serve(make: Maker) -> None:
+    a = await make("a")
+    a.serve_model(slots=3)
+    b = await make("b", a)
+    await all_see_all(a, b)
+    await b.until(b.targets, "a's model")
+    (target,) = b.targets()
+    assert (target.node, target.node_id, target.local) == ("a", a.id, False)
+    assert (target.slots, target.slots_free, target.instance) == (3, 3, "~a")
+    assert b.board.current.mesh.state is MeshState.MEMBER
+    assert b.board.current.mesh.id == a.board.current.mesh.id
+    assert (a.board.current.mesh.issuer, b.board.current.mesh.issuer) == (True, False)
+
+
+async def test_a_newcomer_that_knows_one_meets_all_and_each_pair_has_one_link(make: Maker) -> None:
+    a = await make("a")
+    others = [await make(name, a) for name in "bcde"]
+    await all_see_all(a, *others)
+    for station in (a, *others):
+        await station.until(lambda s=station: len(s.session.linking.links) == 4, "four links")
+
+
+async def test_a_stream_reaches_the_api_of_the_node_it_names(make: Maker) -> None:
+    a = await make("a")
+    a.serve_model()
+    b = await make("b", a)
+    await b.until(b.targets, "a's model")
+    received = asyncio.Queue[bytes]()
+
+    class Client(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            assert isinstance(transport, asyncio.Transport)
+            transport.write(b"hello")
+
+        def data_received(self, data: bytes) -> None:
+            received.put_nowait(data)
+
+    await b.session.connect(b.targets()[0], Client)
+    heard = b""
+    async with asyncio.timeout(5):
+        while len(heard) < 7:
+            heard += await received.get()
+    assert heard == b"b:hello"
+    b.session.streams.cut()  # of others only: ours is not among them
+    (served,) = a.served
+    assert not served.lost.is_set()
+    a.session.streams.cut(b.id)
+    async with asyncio.timeout(5):
+        await served.lost.wait()
+
+
+async def test_a_draining_node_is_not_a_target_and_comes_back(make: Maker) -> None:
+    a = await make("a")
+    a.serve_model()
+    b = await make("b", a)
+    await b.until(b.targets, "a's model")
+    a.set_state(NodeState.DRAINING)
+    await b.until(lambda: not b.targets(), "no target")
+    peer = b.peer(a)
+    assert peer is not None
+    assert peer.draining
+    assert peer.state is PeerState.ALIVE
+    a.set_state(NodeState.READY)
+    await b.until(b.targets, "a's model again")
+
+
+async def test_who_leaves_is_left_at_once_and_who_breaks_is_dead(make: Maker) -> None:
+    a = await make("a")
+    b, c = await make("b", a), await make("c", a)
+    await all_see_all(a, b, c)
+    await b.stop()
+    await a.until(lambda: a.peer(b).state is PeerState.LEFT, "b left")  # type: ignore[union-attr]
+    await c.stop(goodbye=False)
+    await a.until(lambda: a.peer(c).state is PeerState.DEAD, "c dead")  # type: ignore[union-attr]
+
+
+async def test_a_restarted_node_is_itself_again(make: Maker, tmp_path: Path) -> None:
+    a = await make("a")
+    b = await make("b", a)
+    await all_see_all(a, b)
+    await b.stop(goodbye=False)
+    again = Station("b", tmp_path, b.pool)
+    await again.start(a.address, port=b.port)
+    await all_see_all(a, again)
+    assert again.id == b.id
+    await again.stop()
+
+
+async def test_a_revoked_node_loses_its_links_and_cannot_come_back(
+    make: Maker, tmp_path: Path
+) -> None:
+    a = await make("a")
+    b, c = await make("b", a), await make("c", a)
+    await all_see_all(a, b, c)
+    await a.session.trust.deny(b.id)
+    a.session.denied((b.id,))
+    for station in (a, c):
+        await station.until(lambda s=station: s.peer(b) is None, "b forgotten")
+        assert station.session.linking.links.get(b.id) is None
+    await b.until(lambda: b.board.current.mesh.state is MeshState.REFUSED, "b knows")
+    assert "deny list" in (b.board.current.mesh.reason or "")
+    await b.stop()
+    again = Station("b", tmp_path, b.pool)
+    await again.start(c.address)
+    await again.until(lambda: again.board.current.mesh.state is MeshState.REFUSED, "refused again")
+    assert c.peer(again) is None
+    await again.stop()
+
+
+async def test_a_copied_data_directory_is_refused_with_words(make: Maker, tmp_path: Path) -> None:
+    a = await make("a")
+    b = await make("b", a)
+    await all_see_all(a, b)
+    half_written = shutil.ignore_patterns(".*")
+    shutil.copytree(b.directory, tmp_path / "elsewhere" / "b", ignore=half_written)
+    copy = Station("b", tmp_path / "elsewhere", b.pool)
+    await copy.start(a.address)
+    await copy.until(lambda: copy.board.current.mesh.state is MeshState.REFUSED, "refused")
+    assert "copy of the other" in (copy.board.current.mesh.reason or "")
+    await all_see_all(a, b)
+    await copy.stop()
+    await all_see_all(a, b)
+
+
+async def test_a_client_s_capacity_is_not_believed(make: Maker) -> None:
+    a = await make("a")
+    b = await make("b", a, Role.CLIENT)
+    b.serve_model()
+    await all_see_all(a, b)
+    peer = a.peer(b)
+    assert peer is not None
+    assert peer.role is Role.CLIENT
+    assert a.targets() == ()
+    a.serve_model("other")
+    await b.until(lambda: b.targets("other"), "a's model")
+    target = replace(b.targets("other")[0], node_id=b.id)
+    with pytest.raises(PeerRefused, match="serves no models"):
+        await a.session.connect(target, lambda: EchoBack(""))
+
+
+async def test_a_death_that_is_a_lie_is_refuted(make: Maker) -> None:
+    a = await make("a")
+    b, c = await make("b", a), await make("c", a)
+    await all_see_all(a, b, c)
+    member = a.session._swim.members[c.id]
+    link = b.session.linking.links.get(a.id)
+    assert link is not None
+    link.send(message_to_wire(Gossip((Dead(c.id, member.incarnation, b.id),))))
+    await a.until(
+        lambda: a.session._swim.members[c.id].incarnation > member.incarnation, "refutation"
+    )
+    await all_see_all(a, b, c)
+
+
+async def test_a_false_statement_of_another_is_dropped(make: Maker) -> None:
+    a = await make("a")
+    b, c = await make("b", a), await make("c", a)
+    await all_see_all(a, b, c)
+    genuine = c.session._statement
+    forged = replace(genuine, incarnation=genuine.incarnation + 5, left=True)
+    link = b.session.linking.links.get(a.id)
+    assert link is not None
+    link.send(message_to_wire(Gossip((forged,))))
+    link.send({"t": "echo", "n": 1})
+    await asyncio.sleep(0.2)
+    assert a.session._swim.members[c.id].incarnation < forged.incarnation
+    assert alive(a, c)
+    assert a.session.linking.links.get(b.id) is not None
+
+
+@pytest.mark.parametrize("alpn", [ALPN_CTL, ALPN_RAW])
+async def test_without_a_certificate_only_joining_is_reached(make: Maker, alpn: str) -> None:
+    a = await make("a")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols([alpn])
+    reader, writer = await asyncio.open_connection("127.0.0.1", a.port, ssl=context)
+    writer.write(frame({"t": "hello"}))
+    async with asyncio.timeout(5):
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+            await reader.readexactly(1)
+    writer.close()
+    assert a.joined == []
+    assert len(a.session.linking.links) == 0
+
+
+async def test_a_node_of_another_mesh_is_refused_both_ways(make: Maker) -> None:
+    a, x = await make("a"), await make("x")
+    x.session.linking.propose(a.address, asked=True)
+    await x.until(lambda: x.board.current.mesh.state is MeshState.REFUSED, "refused")
+    assert "not of this mesh" in (x.board.current.mesh.reason or "")
+    assert a.board.current.peers == ()
+
+
+async def test_no_stream_to_who_is_gone(make: Maker) -> None:
+    a = await make("a")
+    a.serve_model()
+    b = await make("b", a)
+    await b.until(b.targets, "a's model")
+    (target,) = b.targets()
+    await a.stop(goodbye=False)
+    with pytest.raises(PeerUnreachable):
+        await b.session.connect(target, lambda: EchoBack(""))
+
+
+async def test_the_number_of_links_is_bounded(make: Maker) -> None:
+    a = await make("a", max_links=4)
+    others = [await make(f"n{number}", a) for number in range(6)]
+    await all_see_all(a, *others)
+    assert len(a.session.linking.links) <= 4
+    assert NodeId(others[0].id) in a.session._swim.members
