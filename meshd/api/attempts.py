@@ -212,7 +212,8 @@ class Attempts:
     def _leave_target(self) -> Target:
         target = self.target
         assert target is not None
-        self._forgo_probe()
+        if self._probe:
+            self._forgo_probe()
         self._upstream = None
         self._ticket += 1
         self._avoid |= {target.instance}
@@ -221,10 +222,10 @@ class Attempts:
         return target
 
     def _forgo_probe(self) -> None:
-        if self._probe:
-            assert self.target is not None
-            self._probe = False
-            self.relay.breakers.abandoned(self.target.instance, self.relay.clock.now())
+        """The probe ends without having told anything."""
+        assert self.target is not None
+        self._probe = False
+        self.relay.breakers.abandoned(self.target.instance, self.relay.clock.now())
 
     def _timeout(self) -> UpstreamTimeout:
         limit_s = self.relay.settings.first_byte_timeout_s

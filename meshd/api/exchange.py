@@ -136,7 +136,7 @@ class Exchange(Attempts):
             self.keep_alive = False
             self._refuse(refusals.shutting_down())
             return
-        outcome = self._route()
+        outcome = relay.route(self.model, own=self.from_peer)
         if isinstance(outcome, Target):
             if outcome.local and relay.withdrawn:
                 self._refuse(refusals.withdrawn())
@@ -167,10 +167,11 @@ class Exchange(Attempts):
     def granted(self) -> None:
         if self.state is State.DONE:
             return
-        self._granted_at = now = self.relay.clock.now()
-        self._due_at = now + self.relay.settings.first_byte_timeout_s
+        relay = self.relay
+        self._granted_at = now = relay.clock.now()
+        self._due_at = now + relay.settings.first_byte_timeout_s
         self.state = State.SENT
-        outcome = self._route()
+        outcome = relay.route(self.model, own=self.from_peer)
         if isinstance(outcome, Target):
             self._attempt(outcome)
         else:
@@ -320,7 +321,8 @@ class Exchange(Attempts):
             transport.write(data)
 
     def _finish(self, outcome: str) -> None:
-        self._forgo_probe()
+        if self._probe:
+            self._forgo_probe()
         self.state = State.DONE
         self.body = b""
         self.relay.finished(self, outcome, self._bytes_out)

@@ -158,8 +158,9 @@ class OneCircuit(RuleBasedStateMachine):
     def fail(self, fault: Fault, number: int) -> None:
         if self.out:
             probe, _ = self.out.pop(number % len(self.out))
+            sound = not self.breakers.troubled
             self.breakers.failed(I, fault, "why", self.now, probe=probe)
-            if probe or fault is Fault.UNREACHABLE:
+            if probe or (sound and fault is Fault.UNREACHABLE):
                 assert I in self.breakers.shut(self.now)
 
     @rule(number=st.integers(0, 5))
