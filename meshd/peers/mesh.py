@@ -27,17 +27,18 @@ from meshd.errors import (
 from meshd.ids import MeshId, NodeId
 from meshd.kernel import Pool, Service
 from meshd.peers.addresses import advertised_addresses
-from meshd.peers.channel import FrameChannel
 from meshd.peers.credentials import MeshStore
 from meshd.peers.identity import Identity
 from meshd.peers.invite_book import InviteBook
 from meshd.peers.invites import Invite, decode_invite, encode_invite, is_token
-from meshd.peers.joining import JoinDesk, join
+from meshd.peers.join_desk import JoinDesk
+from meshd.peers.joining import join
 from meshd.peers.listener import PeerListener, Speakers
 from meshd.peers.membership import Membership
 from meshd.peers.naming import resolve_node
 from meshd.peers.session import Needs, Session, publish
 from meshd.peers.trust import Trust
+from meshd.peers.wire import KnownPeer
 from meshd.view import MeshState, MeshView, Role, Target
 
 log = logging.getLogger(__name__)
@@ -65,11 +66,14 @@ class Wishes:
 
 
 def read_wishes(values: tuple[str, ...]) -> Wishes:
-    """Sort the values of `--join`. Raises BadInvite for a token that is none."""
+    """Sort the values of `--join`. Raises BadInvite for a token that is none.
+
+    Expired ones are read too: a node that once joined with one is started with it for ever.
+    """
     tokens = [v for v in values if is_token(v)]
     others = [v for v in values if v not in tokens]
     return Wishes(
-        invites=tuple(decode_invite(token) for token in tokens),
+        invites=tuple(decode_invite(token, now=0.0) for token in tokens),
         addresses=tuple(v for v in others if ":" in v),
         names=tuple(v for v in others if ":" not in v),
     )
@@ -233,14 +237,10 @@ class MeshService(Service):
         role = Role.CLIENT if client else Role.MEMBER
         session = Session(trust, role, starts, self._needs, lambda: self._addresses)
         self._session = session
-        desk = self._desk(trust, session)
-
-        async def speak_join(channel: FrameChannel) -> None:
-            await desk.serve(channel, trust.membership.certificate)
-
+        desk = await self._desk(trust, session)
         await self._listener.start(
             trust.server_context(),
-            Speakers(trust.authenticate, speak_join, session.linking.serve, session.serve_raw),
+            Speakers(trust.authenticate, desk.serve, session.linking.serve, session.serve_raw),
             lambda work: self.spawn(work, name="peer"),
         )
         session.start()
@@ -254,19 +254,27 @@ class MeshService(Service):
         self._tell_discovery()
         self._lifetime.add(self.spawn(self._look_after(session), name="look after"))
 
-    def _desk(self, trust: Trust, session: Session) -> JoinDesk:
-        membership = trust.membership
-        if membership.authority is not None:
-            self._invites = InviteBook(self._config.mesh_dir / "invites.json")
+    async def _desk(self, trust: Trust, session: Session) -> JoinDesk:
+        self._invites = None
+        if trust.membership.authority is not None:
+            self._invites = InviteBook(self._store.invites_path)
+            await self._pool.run(self._invites.load)
 
         def admitted(node: NodeId, name: str, role: Role) -> None:
             log.info("admitted %s (%s) as %s", name, node[:8], role.value)
 
+        def members() -> tuple[KnownPeer, ...]:
+            own = KnownPeer(
+                node_id=self._identity.node_id, name=self._config.name, addresses=self._addresses
+            )
+            return (own, *session.known_peers())
+
         return JoinDesk(
-            membership,
+            lambda: trust.membership,
+            self._config.name,
             self._invites,
-            denied=trust.denied,
-            members=lambda: (*self._addresses, *session.addresses_of_others()),
+            trust.denied,
+            members=members,
             admitted=admitted,
             run=self._pool.run,
         )

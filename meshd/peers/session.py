@@ -40,6 +40,7 @@ from meshd.peers.swim import Swim
 from meshd.peers.telling import Telling
 from meshd.peers.timing import LAN, WAN
 from meshd.peers.trust import Trust
+from meshd.peers.wire import KnownPeer
 from meshd.view import (
     MeshState,
     MeshView,
@@ -201,14 +202,13 @@ class Session:
                 f"node {target.node} did not open a stream within {OPEN_TIMEOUT_S:.0f} s"
             ) from None
 
-    def addresses_of(self, node: NodeId) -> tuple[str, ...]:
-        member = self._swim.members.get(node)
-        return member.addresses if member is not None else ()
-
-    def addresses_of_others(self) -> tuple[str, ...]:
-        """One address of each node that is alive, for a newcomer to begin with."""
-        alive = (m for m in self._swim.members.values() if m.state is PeerState.ALIVE)
-        return tuple(m.addresses[0] for m in alive if m.addresses)[:16]
+    def known_peers(self) -> tuple[KnownPeer, ...]:
+        """The nodes that are alive, for a newcomer to begin with."""
+        return tuple(
+            KnownPeer(node_id=node, name=self._names.get(node, node[:8]), addresses=m.addresses)
+            for node, m in self._swim.members.items()
+            if m.state is PeerState.ALIVE and m.addresses
+        )[:16]
 
     async def remember(self) -> None:
         """Keep where the others are for the next start."""

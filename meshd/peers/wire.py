@@ -6,6 +6,7 @@ Unknown fields of other nodes are ignored: newer ones may say more.
 from __future__ import annotations
 
 import base64
+import datetime as dt
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
@@ -76,6 +77,15 @@ UnixSeconds = Annotated[int, Field(ge=0, le=_LAST_SECOND)]
 ShortText = Annotated[str, StringConstraints(max_length=120)]
 
 M = TypeVar("M", bound=BaseModel)
+
+
+def date(unix: float) -> str:
+    """A moment as people write it, UTC."""
+    try:
+        moment = dt.datetime.fromtimestamp(unix, dt.UTC)
+    except (OverflowError, ValueError, OSError):
+        return "a date out of range"
+    return f"{moment:%Y-%m-%d %H:%M} UTC"
 
 
 def read(model: type[M], value: Mapping[str, Any], what: str) -> M:
