@@ -73,8 +73,8 @@ class Attempts:
         self._retries = 0
         self._avoid = NOTHING
         """Engines that failed under this request."""
-        self._probe = False
-        """Whether the present attempt is its target's half-open probe."""
+        self._probe = 0
+        """Number of the present attempt as its target's half-open probe; 0 if it is none."""
         self._ticket = 0
         """Of the connection being opened; a later one makes those before it nobody's."""
 
@@ -173,8 +173,8 @@ class Attempts:
             breakers.succeeded(instance)
         else:
             now = self.relay.clock.now()
-            breakers.failed(instance, fault, reason, now, probe=self._probe)
-        self._probe = False
+            breakers.failed(instance, fault, reason, now, self._probe)
+        self._probe = 0
 
     def _attempt_broke(self, reason: str, why: str) -> None:
         self._judge(Fault.BROKE, reason)
@@ -224,8 +224,8 @@ class Attempts:
     def _forgo_probe(self) -> None:
         """The probe ends without having told anything."""
         assert self.target is not None
-        self._probe = False
-        self.relay.breakers.abandoned(self.target.instance, self.relay.clock.now())
+        probe, self._probe = self._probe, 0
+        self.relay.breakers.abandoned(self.target.instance, probe, self.relay.clock.now())
 
     def _timeout(self) -> UpstreamTimeout:
         limit_s = self.relay.settings.first_byte_timeout_s

@@ -67,6 +67,8 @@ class _Circuit:
     openings: int = 0
     """In a row; 0 while closed."""
     retry_at: float = 0.0
+    probe: int = 0
+    """The probe whose outcome counts; 0: none is out."""
 
 
 class Breakers:
@@ -77,6 +79,7 @@ class Breakers:
         self.troubled: Collection[InstanceId] = self._circuits
         """Engines that had a fault lately. While there are none, which is nearly always, the hot
         path asks for nothing else."""
+        self._last_probe = 0
 
     def shut(self, now: float) -> Mapping[InstanceId, Shut]:
         """The engines that no request should go to now."""
@@ -86,36 +89,41 @@ class Breakers:
             if circuit.openings and now < circuit.retry_at
         }
 
-    def begin(self, instance: InstanceId, now: float) -> bool:
-        """A request goes to `instance`; True if it is the probe of a half-open circuit."""
+    def begin(self, instance: InstanceId, now: float) -> int:
+        """A request goes to `instance`. If it is the probe of a half-open circuit, the number by
+        which its outcome is known as that, else 0."""
         circuit = self._circuits.get(instance)
         if circuit is None or not circuit.openings or now < circuit.retry_at:
-            return False
+            return 0
+        self._last_probe += 1
+        circuit.probe = self._last_probe
         circuit.retry_at = now + PROBE_LIMIT_S
-        return True
+        return circuit.probe
 
     def succeeded(self, instance: InstanceId) -> None:
         self._circuits.pop(instance, None)
 
     def failed(
-        self, instance: InstanceId, fault: Fault, reason: str, now: float, *, probe: bool
+        self, instance: InstanceId, fault: Fault, reason: str, now: float, probe: int = 0
     ) -> None:
         circuit = self._circuits.get(instance)
         if circuit is None:
             circuit = self._circuits[instance] = _Circuit(fault, reason)
-        if circuit.openings and not probe:
+        if circuit.openings and (not probe or probe != circuit.probe):
             return  # sent before it opened; a burst that breaks together is one failure
         circuit.fault, circuit.reason = fault, reason
         circuit.faults += 1
         if circuit.openings or fault is Fault.UNREACHABLE or circuit.faults >= FAULTS_TO_OPEN:
             circuit.retry_at = now + min(BACKOFF_LAST_S, BACKOFF_FIRST_S * 2**circuit.openings)
             circuit.openings += 1
+            circuit.probe = 0
 
-    def abandoned(self, instance: InstanceId, now: float) -> None:
+    def abandoned(self, instance: InstanceId, probe: int, now: float) -> None:
         """The probe ended without telling anything, its client gone: the next one may go."""
         circuit = self._circuits.get(instance)
-        if circuit is not None and circuit.openings:
+        if circuit is not None and circuit.probe == probe:
             circuit.retry_at = now
+            circuit.probe = 0
 
     def keep(self, live: Collection[InstanceId]) -> None:
         """Forget the engines that are no more."""
