@@ -86,10 +86,12 @@ class Beliefs:
             self._suspicions.adopt(node, now, link_lost=link_lost)
 
     def bury(self, node: NodeId, why: Why, now: float) -> None:
-        """Our verdict."""
+        """Our verdict. It takes both charges: we may not have suspected it aloud."""
         member = self._roster.get(node)
         if member is not None:
-            self.learn(Dead(node, member.incarnation, self._self_id), self._self_id, why, now)
+            for kind in (Suspect, Dead):
+                word = kind(node, member.incarnation, self._self_id)
+                self.learn(word, self._self_id, why, now)
 
     def forget(self, node: NodeId, why: Why) -> None:
         member = self._roster.remove(node)
@@ -144,9 +146,11 @@ class Beliefs:
             if before is PeerState.DEAD:
                 self._exchange.compare_revived(node, now)
             return
-        self._suspicions.hear(node, now)
         if new.charges == Charge.DECLARED_DEAD:
-            self._probing.follow(node, now)
+            self._probing.drop(node)
+            self._suspicions.doubt_death(node, now)
+        else:
+            self._suspicions.hear(node, now)
 
     def _make_room(self, node: NodeId) -> bool:
         evicted, room = self._roster.try_make_room(node)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -51,13 +52,17 @@ class Broadcasts:
     def drop(self, node: NodeId) -> None:
         self._items.pop(node, None)
 
-    def take(self, nodes: int, budget_bytes: int = MESSAGE_BYTES) -> tuple[Update, ...]:
-        """For one message in a mesh of `nodes`: the least told first, of those the newest."""
+    def take(
+        self, nodes: int, skip: Collection[NodeId] = (), budget_bytes: int = MESSAGE_BYTES
+    ) -> tuple[Update, ...]:
+        """For one message in a mesh of `nodes`: the least told first, of those the newest; none
+        about the nodes in `skip`."""
         if not self._items:
             return ()
         limit = RETELL * max(1, nodes.bit_length())  # ceil(log2(n + 1))
         taken: list[Update] = []
-        for item in heapq.nsmallest(MESSAGE_UPDATES, self._items.values(), key=_eagerness):
+        items = (item for node, item in self._items.items() if node not in skip)
+        for item in heapq.nsmallest(MESSAGE_UPDATES, items, key=_eagerness):
             if item.size > budget_bytes:
                 continue
             budget_bytes -= item.size

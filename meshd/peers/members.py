@@ -10,7 +10,7 @@ does not matter. Rules, numbered as in the code:
    itself answers it.
 3. Suspected *and* declared dead is DEAD. Declared dead alone is SUSPECT: when a partition heals,
    the other side's verdicts about our neighbours arrive, and nobody here has suspected them. Our
-   own failed probe, or anybody's suspicion, makes it a death.
+   own failure to reach it, or anybody's suspicion, makes it a death.
 """
 
 from __future__ import annotations

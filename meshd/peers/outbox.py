@@ -69,4 +69,5 @@ class Outbox:
         if not self.news:
             return first
         budget = MESSAGE_BYTES - sum(map(encoded_size, first))
-        return first + self.news.take(self._roster.living() + 1, budget)
+        skip = {to, *(update.node for update in first)}
+        return first + self.news.take(self._roster.living() + 1, skip, budget)

@@ -15,7 +15,16 @@ from meshd.peers.timing import Timing
 class Suspicion:
     """Public attributes are for reading."""
 
-    __slots__ = ("_began_at", "_life_at", "_timing", "confirmers", "link_lost", "own", "refused_at")
+    __slots__ = (
+        "_began_at",
+        "_confirmed",
+        "_life_at",
+        "_timing",
+        "confirmers",
+        "link_lost",
+        "own",
+        "refused_at",
+    )
 
     def __init__(self, timing: Timing, now: float) -> None:
         self.own = False
@@ -27,6 +36,7 @@ class Suspicion:
         self._timing = timing
         self._began_at = now
         self._life_at: float | None = None
+        self._confirmed = False
 
     def adopt(self, now: float) -> None:
         """It is our own from now on."""
@@ -40,6 +50,10 @@ class Suspicion:
             return False
         self.confirmers.add(by)
         return True
+
+    def confirm_fully(self) -> None:
+        """Somebody has seen a suspicion through to its end."""
+        self._confirmed = True
 
     def live(self, now: float) -> None:
         """The node gave a sign of life."""
@@ -74,6 +88,7 @@ class Suspicion:
             return self._began_at + timing.heard_suspicion_s
         span = timing.suspicion_s - timing.suspicion_least_s
         share = math.log(len(self.confirmers) + 1) / math.log(timing.confirmations + 1)
+        share = 1.0 if self._confirmed else share
         end = self._began_at + timing.suspicion_s - span * share
         if self.link_lost and self.refused_at is not None:
             end = min(end, self.refused_at + timing.refused_confirm_s)

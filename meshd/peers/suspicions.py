@@ -66,6 +66,13 @@ class Suspicions:
             self._outbox.ping(node, self._seqs[node])
         self._arm(node)
 
+    def doubt_death(self, node: NodeId, now: float) -> None:
+        """It was declared dead, and nobody here suspected it: find out, in the least time."""
+        self.adopt(node, now)
+        self._running[node].confirm_fully()
+        self._outbox.ping(node, self._seqs[node])
+        self._arm(node)
+
     def clear(self, node: NodeId) -> None:
         if self._running.pop(node, None) is not None:
             self._agenda.cancel(SuspicionEnds(node))
@@ -108,10 +115,13 @@ class Suspicions:
         if seq is None:
             return
         self._outbox.ping(node, seq)
-        for relay in self._roster.sample(self._timing.relays, (node,)):
+        relays = self._roster.sample(self._timing.relays, (node,))
+        for relay in relays:
             self._outbox.ping_req(relay, seq, node)
             self._helpers.setdefault(node, set()).add(relay)
-        self._agenda.set(NextReprobe(node), now + self._gap_s())
+        # The fewer can help, the more often we try: two nodes alone must not give up sooner.
+        share = (1 + len(relays)) / (1 + self._timing.relays)
+        self._agenda.set(NextReprobe(node), now + share * self._gap_s())
 
     def acked(self, sender: NodeId, seq: int, now: float) -> None:
         """Somebody got an answer; it counts if we asked that one."""

@@ -34,7 +34,6 @@ from meshd.peers.gossip import (
     SelfStated,
     Send,
     StateSelf,
-    Suspect,
     Sync,
     encoded_size,
 )
@@ -191,19 +190,25 @@ class World:
             self.state(node.index, subject) is state for node in self.up() if node.index != subject
         )
 
-    def one_view(self) -> bool:
-        """Whether every running node holds exactly the running nodes ALIVE, at their last word."""
-        words = {n.id: n.machine.statement for n in self.up()}
-        for node in self.up():
-            alive = 0
+    def one_view(self, *, settled: bool = True) -> bool:
+        """Whether every running node holds exactly the running nodes to be alive, of their present
+        run. `settled`: also at their last word, and suspects nobody; under loss there is always a
+        suspicion somewhere."""
+        running = {n.id: n for n in self.up()}
+        for node in running.values():
+            living = 0
             for member in node.machine.members.values():
-                if member.state is PeerState.SUSPECT:
+                if not member.lives:
+                    continue
+                peer = running.get(member.node)
+                if peer is None or member.incarnation >> 20 != peer.boot:
                     return False
-                if member.state is PeerState.ALIVE:
-                    alive += 1
-                    if member.statement != words.get(member.node):
-                        return False
-            if alive != len(words) - 1:
+                if settled and member.state is PeerState.SUSPECT:
+                    return False
+                if settled and member.statement != peer.machine.statement:
+                    return False
+                living += 1
+            if living != len(running) - 1:
                 return False
         return True
 
@@ -230,7 +235,7 @@ class World:
         while heap and heap[0][0] <= end:
             self.now, _, index, boot, event = heapq.heappop(heap)
             node = self.nodes[index]
-            if not node.up or node.boot != boot:
+            if not node.up or node.boot != boot or self._was_reset(node, event):
                 continue
             if type(event) is Tick:
                 if node.wakes_at != self.now:
@@ -238,6 +243,13 @@ class World:
                 node.wakes_at = None
             self._handle(node, event)
         self.now = end
+
+    def _was_reset(self, node: Node, event: Event) -> bool:
+        """Whether the reset of a connection overtook what was on it."""
+        if not isinstance(event, MessageReceived):
+            return False
+        sender = self.nodes[self._by_id[event.sender]]
+        return sender.refuses and sender.index in node.broken
 
     def _handle(self, node: Node, event: Event) -> None:
         queue = [event]
@@ -318,13 +330,6 @@ def message_size(message: Message) -> int:
             return 110 + sum(map(encoded_size, message.updates))
         case Ping() | Ack() | Nack() | Gossip():
             return 48 + sum(map(encoded_size, message.updates))
-
-
-def accused(message: Message) -> bool:
-    """Whether a message carries an accusation."""
-    return not isinstance(message, Digest) and any(
-        isinstance(update, Suspect) for update in message.updates
-    )
 
 
 def _id(index: int) -> NodeId:
