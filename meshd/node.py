@@ -86,7 +86,7 @@ class Node:
             id=NodeId(""),
             name=config.name,
             version=__version__,
-            role=(Role.CLIENT if config.client else Role.MEMBER).value,
+            role=Role.MEMBER.value,
             state=NodeState.STARTING,
             started_at=self._clock.now(),
             listen=config.listen,
@@ -160,7 +160,8 @@ class Node:
         )
         discovery.proposed = mesh.found_on_lan
         await self._pool.run(mesh.prepare)
-        self._set_node(id=identity.node_id, peer_listen=mesh.peer_listen)
+        role = Role.CLIENT if mesh.client else Role.MEMBER
+        self._set_node(id=identity.node_id, peer_listen=mesh.peer_listen, role=role.value)
         registry = Registry(config.cache_dir)
         models_dir = config.cache_dir / "meshd" / "models"
 
@@ -184,7 +185,8 @@ class Node:
                 model_id=model_id,
                 wait_idle=api.wait_idle,
                 last_request_at=api.last_request_at,
-                always_listed={ModelId("builtin"): "builtin"},
+                always_listed={} if mesh.client else {ModelId("builtin"): "builtin"},
+                hosts=not mesh.client,
             ),
             clock=self._clock,
             rng=self._rng,

@@ -115,8 +115,18 @@ class MeshService(Service):
         self._wishes = read_wishes(self._config.join)
         self._membership = self._store.load()
         self._check_wishes()
+        if self.client and self._config.model:
+            raise BadConfig("a client node hosts no models; leave --model out", param="model")
         self._port = self._listener.bind()
         self._look_at_addresses()
+
+    @property
+    def client(self) -> bool:
+        """Whether this node only uses the mesh: it was told so, or admitted as no more."""
+        mine, invites = self._membership, self._wishes.invites
+        if self._config.client or (mine is not None and mine.role is Role.CLIENT):
+            return True
+        return mine is None and bool(invites) and all(i.role is Role.CLIENT for i in invites)
 
     @property
     def peer_listen(self) -> str:
@@ -233,8 +243,7 @@ class MeshService(Service):
         self._membership = membership
         starts = await self._pool.run(self._store.next_start)
         trust = await self._pool.run(Trust, membership, self._identity, self._store, self._pool)
-        client = self._config.client or membership.role is Role.CLIENT
-        role = Role.CLIENT if client else Role.MEMBER
+        role = Role.CLIENT if self.client else Role.MEMBER
         session = Session(trust, role, starts, self._needs, lambda: self._addresses)
         self._session = session
         desk = await self._desk(trust, session)

@@ -67,6 +67,8 @@ class Rooms:
     last_request_at: Callable[[InstanceId], float | None]
     always_listed: Mapping[ModelId, str]
     """Models that can be loaded any time, with their REFs."""
+    hosts: bool = True
+    """False for a client node, which loads nothing."""
 
 
 class ModelHost(Service):
@@ -110,6 +112,8 @@ class ModelHost(Service):
 
     def load(self, ref: str, options: LoadOptions = LoadOptions()) -> ModelId:  # noqa: B008 (frozen)
         """Start loading; what becomes of it is in the view. Raises BadReference, InvalidRequest."""
+        if not self._rooms.hosts:
+            raise InvalidRequest("a client node hosts no models; load it on a member", param="ref")
         model = self._rooms.model_id(ref)
         ticket = next(self._tickets)
         self._post(LoadAsked(ticket, model, ref, options))
@@ -132,6 +136,9 @@ class ModelHost(Service):
 
     async def main(self) -> None:
         self.ready.set()
+        if self._rooms.hosts and not self._config.model:
+            # Nothing asks for it yet, but other nodes are told what this one could run.
+            self.spawn(self._look_for_engine(), name="look for engine")
         await self.stopping.wait()
         stopping = tuple(self._engines)
         for model in stopping:
@@ -176,7 +183,18 @@ class ModelHost(Service):
         except MeshdError as error:
             log.warning("no engine: %s", error.message)
             self._post(EngineNotFound(error.message))
-            return
+        else:
+            self._engine_found(record)
+
+    async def _look_for_engine(self) -> None:
+        try:
+            record = await self._pool.run(self._rooms.find_engine)
+        except MeshdError as error:
+            log.info("no engine: %s", error.message)
+        else:
+            self._engine_found(record)
+
+    def _engine_found(self, record: RuntimeRecord) -> None:
         self._binary = Path(record.server_path)
         log.info("engine %s: %s at %s", record.id, record.version, record.server_path)
         self._board.publish(replace(self._board.current, runtime=record.to_view()))
