@@ -10,6 +10,7 @@ the first step that failed there is nothing left to look at; the rest is skipped
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import os
 import secrets
 import socket
@@ -17,6 +18,7 @@ import ssl
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Container
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -37,7 +39,7 @@ from meshd.peers.protocol import ALPN_CTL, PROTOCOL, common_version
 from meshd.peers.remedies import ASK_MEMBER, NO_MULTICAST, REMEDIES, tls_fault
 from meshd.peers.tls import client_context, joining_context
 
-STEP_TIMEOUT_S: Final = 15.0
+STEP_TIMEOUT_S: Final = 30.0
 ANSWER_S: Final = 5.0
 TCP_TIMEOUT_S: Final = 3.0
 """For each address of the name."""
@@ -80,7 +82,7 @@ async def diagnose(
             findings.append(finding)
             tell(finding)
     finally:
-        examination.close()
+        await examination.close()
     return findings
 
 
@@ -131,15 +133,21 @@ class _Examination:
             ("multicast", self._multicast),
         )
 
-    def close(self) -> None:
+    async def close(self) -> None:
         if self._channel is not None:
             self._channel.close()
+            await self._channel.closed.wait()  # TLS gives it a second
         elif self._socket is not None:
             self._socket.close()
 
     # -- the steps, in order ----------------------------------------------------------------------
 
     async def _name(self) -> str:
+        with suppress(ValueError):
+            ip = ipaddress.ip_address(self._host)
+            family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
+            self._ips = [(family, self._host)]
+            return f"{self._host} is an address"
         loop = asyncio.get_running_loop()
         try:
             found = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
@@ -150,8 +158,7 @@ class _Examination:
                 "use the IP address of that machine, or mend its entry in DNS or /etc/hosts",
             ) from None
         self._ips = [(int(family), str(at[0])) for family, _, _, _, at in found][:MAX_TRIED]
-        ips = ", ".join(ip for _, ip in self._ips)
-        return f"{self._host} is an address" if ips == self._host else f"{self._host} is {ips}"
+        return f"{self._host} is {', '.join(ip for _, ip in self._ips)}"
 
     async def _tcp(self) -> str:
         problems: list[str] = []

@@ -46,7 +46,7 @@ def tls_fault(error: OSError, port: int, waited_s: float) -> Fault:
             "that hangs (`meshd status` there)",
         )
     return Fault(
-        f"the TLS handshake broke off ({reason.lower() or error.strerror or error})",
+        f"the TLS handshake broke off ({(reason or error.strerror or 'connection lost').lower()})",
         "a service that is no meshd, a box between that inspects TLS, or a meshd that stops: see "
         "`meshd logs` there",
     )
