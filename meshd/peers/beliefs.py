@@ -13,7 +13,7 @@ from meshd.peers.agenda import Agenda
 from meshd.peers.alarms import Alarm, TombstoneAges
 from meshd.peers.exchange import Exchange
 from meshd.peers.gossip import AdvertNewer, Alive, Dead, MemberChanged, Suspect, Update, Why
-from meshd.peers.members import Charge, Member, believable, joined
+from meshd.peers.members import Charge, Member, believable, joined, same_run
 from meshd.peers.outbox import Outbox
 from meshd.peers.probing import Probing
 from meshd.peers.roster import Roster
@@ -144,13 +144,20 @@ class Beliefs:
         if new.state is PeerState.ALIVE:
             self._suspicions.clear(node)
             if before is PeerState.DEAD:
-                self._exchange.compare_revived(node, now)
+                self._revive(old, new, now)
             return
         if new.charges == Charge.DECLARED_DEAD:
             self._probing.drop(node)
             self._suspicions.doubt_death(node, now)
         else:
             self._suspicions.hear(node, now)
+
+    def _revive(self, old: Member | None, new: Member, now: float) -> None:
+        """A node that never stopped was dead to us: a partition healed. Our other verdicts are as
+        doubtful; those who can see more than we could must not hear them as news."""
+        if old is not None and same_run(old.incarnation, new.incarnation):
+            self._outbox.news.drop_deaths()
+        self._exchange.compare_revived(new.node, now)
 
     def _make_room(self, node: NodeId) -> bool:
         evicted, room = self._roster.try_make_room(node)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from meshd.ids import NodeId
-from meshd.peers.gossip import Update, encoded_size
+from meshd.peers.gossip import Dead, Update, encoded_size
 
 MESSAGE_BYTES: Final = 1200
 """Estimated size of all updates on one message: with the rest of it less than a packet."""
@@ -51,6 +51,9 @@ class Broadcasts:
 
     def drop(self, node: NodeId) -> None:
         self._items.pop(node, None)
+
+    def drop_deaths(self) -> None:
+        self._items = {n: i for n, i in self._items.items() if not isinstance(i.update, Dead)}
 
     def take(
         self, nodes: int, skip: Collection[NodeId] = (), budget_bytes: int = MESSAGE_BYTES

@@ -25,6 +25,8 @@ from meshd.view import PeerState
 
 MOST_INCARNATION: Final = (1 << 53) - 1
 """The largest integer that every JSON reader keeps whole."""
+RUN_BITS: Final = 20
+"""An incarnation is the number of the start, and below it that of refutations since."""
 BELIEVABLE_STEP: Final = 1 << 24
 """How far above its last statement a node may be accused (16 of its restarts that we missed).
 Anyone can accuse of any incarnation, and the accused must answer with a higher one: without a
@@ -79,6 +81,11 @@ class Member:
             return None
         kind = Dead if Charge.DECLARED_DEAD in self.charges else Suspect
         return kind(self.node, self.accused, self.accuser)
+
+
+def same_run(one: int, other: int) -> bool:
+    """Whether two incarnations of a node belong to one start of it."""
+    return one >> RUN_BITS == other >> RUN_BITS
 
 
 def newer(first: Alive, second: Alive) -> bool:

@@ -11,7 +11,7 @@ import base64
 import hashlib
 import heapq
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from meshd.ids import NodeId
@@ -103,10 +103,9 @@ class World:
         if alone:
             for node in self.nodes:
                 node.broken = {i for i in range(size) if i != node.index}
+                self.post(node.index, SelfStated(node.word(_first(node))))
         else:
-            self._introduce_all()
-        for node in self.nodes:
-            self.post(node.index, SelfStated(node.word(_first(node))))
+            self.introduce(self.nodes)
 
     # -- what a test does to it -------------------------------------------------------------------
 
@@ -218,17 +217,21 @@ class World:
 
     # -- the machinery ----------------------------------------------------------------------------
 
+    def fresh_machine(self, node: Node) -> Swim:
+        """One that knows nothing, in place of the node's own."""
+        node.incarnations, node.wakes_at = {}, None
+        return self._machine(node.id)
+
+    def introduce(self, nodes: Sequence[Node]) -> None:
+        """Have `nodes` know each other, as if they had met long ago, and state themselves."""
+        words = tuple(node.word(_first(node)) for node in nodes)
+        for node in nodes:
+            host = next(other for other in nodes if other is not node)
+            node.machine.handle(MessageReceived(host.id, Sync((), words, answer=False)), self.now)
+            self.post(node.index, SelfStated(node.word(_first(node))))
+
     def _machine(self, node: NodeId) -> Swim:
         return Swim(node, self.timing, random.Random(self.chance.random()))
-
-    def _introduce_all(self) -> None:
-        words = tuple(node.word(_first(node)) for node in self.nodes)
-        for node in self.nodes:
-            sync = MessageReceived(self.nodes[node.index - 1].id, Sync((), words, answer=False))
-            for effect in node.machine.handle(sync, 0.0):
-                if isinstance(effect, StateSelf | Send):
-                    continue  # It is not running yet: its first own word comes now.
-            self._wake(node)
 
     def _run_to(self, end: float) -> None:
         heap = self._heap
