@@ -91,6 +91,8 @@ async def test_the_answer_is_the_hosts_byte_for_byte(
     assert answer.headers["x-request-id"] == "mine-1"
     assert direct.headers.pop("x-meshd-route") == "local"
     assert answer.headers.pop("x-meshd-route") == "remote"
+    for headers in (answer.headers, direct.headers):
+        assert int(headers.pop("x-meshd-queue-ms")) >= 0
     assert answer.headers == direct.headers
     for name in (b"x-request-id", b"x-meshd-node", b"x-meshd-attempts", b"x-meshd-queue-ms"):
         assert answer.raw.lower().count(name) == 1
@@ -176,7 +178,8 @@ async def test_the_host_closes_a_forgotten_stream_later_than_clients(pair: Pair)
     await pair.ask()
     (stream,) = pair.streams
     stream.check_late(pair.host.clock.now() + pair.host.config.api.idle_timeout_s + 1)
-    assert pair.streams == [stream]
+    assert stream.transport is not None
+    assert not stream.transport.is_closing()
     stream.check_late(pair.host.clock.now() + PEER_IDLE_S + 1)
     await eventually(lambda: not pair.streams)
     assert (await pair.ask()).headers["x-meshd-attempts"] == "1"  # noticed, not stumbled over
@@ -254,7 +257,10 @@ async def test_other_nodes_are_no_clients(start_api: Starter, links: Links) -> N
     assert {stream.origin for stream in pair.streams} == {"entry"}
 
 
-async def test_a_request_takes_one_hop_and_never_two(start_api: Starter, links: Links) -> None:
+@pytest.mark.parametrize("large", [False, True])
+async def test_a_request_takes_one_hop_and_never_two(
+    start_api: Starter, links: Links, large: bool
+) -> None:
     """The host has only seen the model elsewhere; the entry still believes it is served there."""
     third = await start_api(name="third")
     links.add_node(third, caller="host")
@@ -267,7 +273,7 @@ async def test_a_request_takes_one_hop_and_never_two(start_api: Starter, links: 
     entry.publish()
     entry.publish_peers(peer_view("host", "i1"))
     links.dialled.clear()
-    answer = await entry.ask(request(CHAT))
+    answer = await entry.ask(request({**CHAT, "pad": "x" * 300_000} if large else CHAT))
     assert (answer.status, answer.code) == (503, "model_loading")
     assert answer.headers["x-meshd-node"] == "host"
     assert answer.headers["retry-after"] == "1"
@@ -393,12 +399,26 @@ async def test_a_host_that_shuts_down_refuses_and_finishes(
     assert (await pair.ask()).status in (502, 503)
 
 
-async def test_idle_streams_end_with_the_host(pair: Pair) -> None:
+async def test_idle_streams_end_when_the_host_begins_to_stop(pair: Pair) -> None:
     await pair.ask()
+    await pair.ask()
+    hold = asyncio.Event()
+
+    async def script(connection: EngineConnection, head: bytes, body: bytes) -> None:
+        await hold.wait()
+        await connection.say(ok())
+
+    pair.host.engine.script = script
+    client = await pair.host.connect()
+    await client.send(request(CHAT))
+    await eventually(lambda: pair.host.server.inflight_total() == 1)
     pair.host.server.stopping.set()
-    await pair.host.finished()
     relay = pair.entry.server._relay
     await eventually(lambda: not relay._pools[InstanceId("i1")]._idle)
+    assert pair.host.server.inflight_total() == 1
+    hold.set()
+    assert (await client.answer()).status == 200
+    await pair.host.finished()
 
 
 # -- draining by hand ------------------------------------------------------------------------------

@@ -169,6 +169,26 @@ async def test_an_answer_that_is_one_is_relayed(mesh: Mesh, code: int) -> None:
     assert mesh.asked("b") == 0
 
 
+async def test_a_refusal_costs_no_stream(mesh: Mesh) -> None:
+    await mesh.add("a", status(503))
+    await mesh.add("b", says(ok()))
+    mesh.show("a", "b")
+    for _ in range(3):
+        assert (await mesh.ask()).status == 200
+    assert mesh.asked("a") == 3
+    assert mesh.links.dialled == ["a", "b"]
+
+
+async def test_a_refusal_that_is_not_all_there_is_cut_off(mesh: Mesh) -> None:
+    half = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 4\r\n\r\n{"
+    await mesh.add("a", says(half))
+    await mesh.add("b", says(ok()))
+    mesh.show("a", "b")
+    assert (await mesh.ask()).status == 200
+    async with asyncio.timeout(5):
+        await mesh.nodes["a"].connections[0].closed.wait()
+
+
 async def test_the_last_one_is_relayed_as_it_is(mesh: Mesh) -> None:
     await mesh.add("a", status(500))
     await mesh.add("b", status(503))
@@ -320,6 +340,15 @@ async def test_three_broken_answers_open_and_others_are_asked_instead(mesh: Mesh
     assert mesh.asked("a") == 3
 
 
+async def test_no_answer_in_time_counts_as_broken(start_api: Starter, links: Links) -> None:
+    entry = await start_api(name="entry", connect_remote=links.connect, first_byte_timeout_s=0.05)
+    entry.publish()
+    mesh = Mesh(entry, links)
+    await mesh.add("a", hangs)
+    mesh.show("a")
+    assert [(await mesh.ask()).status for _ in range(4)] == [504, 504, 504, 502]
+
+
 async def test_errors_open_but_what_answers_is_better_than_nothing(mesh: Mesh) -> None:
     await mesh.add("a", status(500))
     await mesh.add("b", says(ok()))
@@ -446,7 +475,8 @@ async def test_a_node_that_drains_or_unloads_finishes_what_it_has(mesh: Mesh, go
     assert (answer.body, answer.headers["x-meshd-node"]) == (b"late", "a")
 
 
-async def test_a_stream_that_opens_too_late_is_nobodys(mesh: Mesh) -> None:
+@pytest.mark.parametrize("pooled", [False, True])
+async def test_a_stream_that_opens_too_late_is_nobodys(mesh: Mesh, pooled: bool) -> None:
     dialling, go = asyncio.Event(), asyncio.Event()
     engine = await mesh.add("a", says(ok(b"from a")))
 
@@ -458,18 +488,24 @@ async def test_a_stream_that_opens_too_late_is_nobodys(mesh: Mesh) -> None:
         return protocol
 
     mesh.links.add("a", slow_dial)
-    await mesh.add("b", hangs)
+    await mesh.add("b", says(ok()))
+    if pooled:
+        mesh.show("b")
+        await mesh.ask()
+    mesh.nodes["b"].script = hangs
+    before = mesh.asked("b")
     mesh.show("a", "b")
     client = await mesh.client()
     await dialling.wait()
     mesh.show("a", "b", states={"a": PeerState.SUSPECT})
-    await eventually(lambda: mesh.asked("b") == 1)
+    await eventually(lambda: mesh.asked("b") == before + 1)
     mesh.show("a", "b")
     go.set()
     await eventually(lambda: len(engine.connections) == 1)
     relay = mesh.entry.server._relay
     await eventually(lambda: len(relay._pools[InstanceId("i-a")]._idle) == 1)
     assert mesh.asked("a") == 0
+    mesh.nodes["b"].script = resets
     mesh.nodes["b"].connections[0].reset()
     assert (await client.answer()).status == 502  # it has been at both
     dialled = list(mesh.links.dialled)
