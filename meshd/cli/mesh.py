@@ -9,6 +9,7 @@ import click
 
 from meshd.cli.options import (
     admin,
+    console,
     data_dir_option,
     duration,
     json_option,
@@ -87,9 +88,7 @@ def peers(data_dir: Path | None, as_json: bool) -> int:
     if not answer["peers"]:
         click.echo("no other nodes; `meshd invite` makes a token with which one can join")
         return 0
-    from rich.console import Console
-
-    print_peers(Console(highlight=False), answer["peers"])
+    print_peers(console(), answer["peers"])
     return 0
 
 

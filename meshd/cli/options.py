@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import orjson
 
 from meshd import config
 from meshd.cli.client import AdminClient
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PIPE_WIDTH = 240
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -40,6 +46,13 @@ def admin(data_dir: Path | None, *, timeout_s: float = 30.0) -> AdminClient:
 
 def print_json(value: Any) -> None:
     click.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())
+
+
+def console() -> Console:
+    """For tables and lines of text. What is not a terminal has no width to wrap at."""
+    from rich.console import Console  # late: JSON needs none of it
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
 def size(count: int | float | None) -> str:

@@ -9,7 +9,15 @@ import click
 
 from meshd import __version__
 from meshd.cli.mesh import mesh_line, print_peers
-from meshd.cli.options import admin, data_dir_option, duration, json_option, print_json, size
+from meshd.cli.options import (
+    admin,
+    console,
+    data_dir_option,
+    duration,
+    json_option,
+    print_json,
+    size,
+)
 
 
 @click.command()
@@ -21,11 +29,10 @@ def status(data_dir: Path | None, as_json: bool) -> int:
     if as_json:
         print_json(answer)
         return 0
-    from rich.console import Console
     from rich.markup import escape
 
     node, runtime, cache = answer["node"], answer["runtime"], answer["cache"]
-    out = Console(highlight=False)
+    out = console()
     out.print(
         f"[bold]{escape(node['name'])}[/] {node['state']}, up {duration(node['uptime_s'])}, "
         f"meshd {node['version']}, API http://{node['listen']}/v1"
@@ -66,9 +73,7 @@ def models(data_dir: Path | None, as_json: bool) -> int:
     if as_json:
         print_json(answer)
         return 0
-    from rich.console import Console
-
-    _print_models(Console(highlight=False), answer)
+    _print_models(console(), answer)
     return 0
 
 
