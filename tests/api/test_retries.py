@@ -331,6 +331,21 @@ async def test_half_open_lets_one_request_through(mesh: Mesh) -> None:
     assert (await mesh.ask()).status == 200
 
 
+async def test_a_probe_that_left_its_node_makes_room_for_the_next(mesh: Mesh) -> None:
+    await mesh.add("b", says(ok()))
+    mesh.show("a", "b")
+    await mesh.ask()
+    await mesh.add("a", hangs)
+    mesh.entry.clock.ahead += 1.0
+    client = await mesh.client()
+    await eventually(lambda: mesh.asked("a") == 1)
+    breakers, instance = mesh.entry.server._relay.breakers, InstanceId("i-a")
+    assert instance in breakers.shut(mesh.entry.clock.now())
+    mesh.show("a", "b", states={"a": PeerState.SUSPECT})
+    assert (await client.answer()).headers["x-meshd-node"] == "b"
+    assert instance not in breakers.shut(mesh.entry.clock.now())
+
+
 async def test_three_broken_answers_open_and_others_are_asked_instead(mesh: Mesh) -> None:
     await mesh.add("a", resets)
     await mesh.add("b", says(ok()))
