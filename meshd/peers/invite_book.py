@@ -97,8 +97,8 @@ class InviteBook:
         issuer: bool,
         addresses: tuple[str, ...],
     ) -> Invite:
-        """A new invite, on the disk when this returns. `addresses`: where members listen, HOST:PORT,
-        this node's first; at most 8 are used.
+        """A new invite, on the disk when this returns. `addresses`: where members listen
+        (HOST:PORT), this node's first; at most 8 are used.
 
         Raises NotIssuer without the mesh's key, NoSpace if too many invites are open or the disk
         is full.
@@ -129,23 +129,12 @@ class InviteBook:
             issuer=issuer,
         )
         with self._lock:
-            kept = {k: e for k, e in self._entries.items() if e.expires_at + KEPT_AFTER_S > now}
-            if sum(_is_open(e, now) for e in kept.values()) >= MAX_OPEN:
-                raise NoSpace(
-                    f"{MAX_OPEN} invites are open already; use them, or wait until some expire"
-                )
-            while len(kept) >= 2 * MAX_OPEN:
-                kept.pop(
-                    min((e for e in kept.values() if not _is_open(e, now)), key=_end).invite_id
-                )
-            kept[entry.invite_id] = entry
-            self._replace(kept)
+            self._replace({**self._room(now), entry.invite_id: entry})
         return invite
 
-    def key(self, invite_id: bytes) -> bytes | None:
-        """What the secret of an invite is proved against; None for one that is not known here."""
-        entry = self._entries.get(invite_id)
-        return None if entry is None else entry.key
+    def key(self, invite_id: bytes) -> bytes:
+        """What the secret of an invite is proved against. Raises JoinRefused (unknown_invite)."""
+        return _known(self._entries.get(invite_id)).key
 
     def redeem(self, invite_id: bytes, node: NodeId) -> Redemption:
         """Count one use by `node`, whose proof of the secret was good. A node that comes again,
@@ -155,13 +144,7 @@ class InviteBook:
         use cannot be written down.
         """
         with self._lock:
-            entry = self._entries.get(invite_id)
-            if entry is None:
-                raise refusal(
-                    "unknown_invite",
-                    "this node does not know the invite; it was issued by another node, before "
-                    "that one left the mesh, or long ago: make a new one with `meshd invite`",
-                )
+            entry = _known(self._entries.get(invite_id))
             if entry.expires_at <= self._wall():
                 raise refusal(
                     "expired",
@@ -180,6 +163,18 @@ class InviteBook:
                 self._replace({**self._entries, invite_id: used})
             return Redemption(entry.role, entry.issuer)
 
+    def _room(self, now: float) -> dict[bytes, _Entry]:
+        """The entries to keep when one more comes. Raises NoSpace if too many are open."""
+        kept = {k: e for k, e in self._entries.items() if e.expires_at + KEPT_AFTER_S > now}
+        closed = sorted((e for e in kept.values() if not _is_open(e, now)), key=_end)
+        if len(kept) - len(closed) >= MAX_OPEN:
+            raise NoSpace(
+                f"{MAX_OPEN} invites are open already; use them, or wait until some expire"
+            )
+        for entry in closed[: max(0, len(closed) - MAX_OPEN)]:
+            del kept[entry.invite_id]
+        return kept
+
     def _replace(self, entries: dict[bytes, _Entry]) -> None:
         """Write, then believe. Called with the lock held."""
         data = _File(invites=tuple(entries.values())).model_dump(mode="json")
@@ -193,6 +188,16 @@ class InviteBook:
 def refusal(reason: str, message: str) -> JoinRefused:
     """Why a node is not let in; `reason` is its name on the wire."""
     return JoinRefused(message, detail={"reason": reason})
+
+
+def _known(entry: _Entry | None) -> _Entry:
+    if entry is None:
+        raise refusal(
+            "unknown_invite",
+            "this node does not know the invite; it was issued by another node, before that one "
+            "left the mesh, or long ago: make a new one with `meshd invite`",
+        )
+    return entry
 
 
 def _is_open(entry: _Entry, now: float) -> bool:

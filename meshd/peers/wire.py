@@ -74,7 +74,8 @@ Address = Annotated[
 Addresses = Annotated[tuple[Address, ...], Field(max_length=MAX_ADDRESSES, strict=False)]
 Counter = Annotated[int, Field(ge=0, lt=1 << 63)]
 UnixSeconds = Annotated[int, Field(ge=0, le=_LAST_SECOND)]
-ShortText = Annotated[str, StringConstraints(max_length=120)]
+ShortText = Annotated[str, StringConstraints(pattern=r"^[\x20-\x7e]{0,120}$")]
+"""A few words for people: one line, fit for any terminal."""
 
 M = TypeVar("M", bound=BaseModel)
 
