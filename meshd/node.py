@@ -156,7 +156,7 @@ class Node:
                 serve_api=api.peer_protocol,
             ),
             self._pool,
-            discovery.set_identity,
+            discovery,
         )
         discovery.proposed = mesh.found_on_lan
         await self._pool.run(mesh.prepare)

@@ -98,7 +98,7 @@ class FrameChannel(asyncio.Protocol):
     def detach(self, successor: asyncio.Protocol) -> None:
         """Give the connection to `successor`: its connection_made, then what was received ahead."""
         transport = self.transport
-        if transport is None:
+        if transport is None or transport.is_closing():
             raise self._problem or PeerUnreachable("the connection is gone")
         self.transport = None
         transport.set_protocol(successor)

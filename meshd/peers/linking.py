@@ -139,6 +139,16 @@ class Linking:
             link.send({"t": "refused", "reason": "denied", "message": _DENIED})
             self._part(link, "denied")
 
+    def abandon(self, node: NodeId) -> None:
+        """End a link that answers nothing any more: the next frame to the node dials a fresh one.
+
+        TCP would go on with the old one, at ever longer intervals, for a quarter of an hour; and
+        while it stands at either end no other can take its place.
+        """
+        link = self.links.get(node)
+        if link is not None:
+            self._part(link, "silent")
+
     # -- arrivals ---------------------------------------------------------------------------------
 
     async def serve(self, channel: FrameChannel, certificate: PeerCertificate) -> None:

@@ -12,7 +12,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from meshd.config import Config
 from meshd.errors import (
@@ -52,8 +52,23 @@ LOOK_S: Final = 15.0
 """How often the addresses of this machine and the age of the certificate are looked at."""
 REMEMBER_S: Final = 60.0
 
-Announce = Callable[[MeshId, str, NodeId, str, int, tuple[str, ...]], None]
-"""(mesh, its name, node, its name, port, addresses) for discovery."""
+
+class Announcer(Protocol):
+    """Discovery, as far as it is told what to do from here."""
+
+    def set_identity(
+        self,
+        mesh_id: MeshId,
+        mesh_name: str,
+        node_id: NodeId,
+        name: str,
+        port: int,
+        addresses: tuple[str, ...],
+    ) -> None: ...
+
+    def look_for(self, mesh_id: MeshId | None, mesh_name: str) -> None: ...
+
+    def rest(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +101,18 @@ class MeshService(Service):
     stop_limit_s = 5.0
 
     def __init__(
-        self, identity: Identity, needs: Callable[[Service], Needs], pool: Pool, announce: Announce
+        self,
+        identity: Identity,
+        needs: Callable[[Service], Needs],
+        pool: Pool,
+        discovery: Announcer,
     ) -> None:
         super().__init__()
         self._identity = identity
         self._needs = needs(self)
         self._config: Config = self._needs.config
         self._pool = pool
-        self._announce = announce
+        self._discovery = discovery
         self._store = MeshStore(self._config.mesh_dir, identity)
         self._listener = PeerListener(*self._config.peer_listen_address)
         self._port = 0
@@ -181,6 +200,7 @@ class MeshService(Service):
         new = [i for i in self._wishes.invites if mine is None or i.mesh_id != mine.mesh_id]
         if new:
             self._show(MeshState.JOINING, f"joining `{new[0].mesh_name}`", new[0].mesh_name)
+            self._discovery.look_for(new[0].mesh_id, new[0].mesh_name)
             self.spawn(self._join(tuple(new)), name="join")
             return
         if mine is None:
@@ -321,7 +341,7 @@ class MeshService(Service):
     def _tell_discovery(self) -> None:
         mine = self._membership
         if mine is not None and self._session is not None:
-            self._announce(
+            self._discovery.set_identity(
                 mine.mesh_id,
                 mine.mesh_name,
                 self._identity.node_id,
@@ -404,6 +424,7 @@ class MeshService(Service):
         session.leave()
         await asyncio.sleep(GOODBYE_S)
         self._end_session()
+        self._discovery.rest()
         await self._pool.run(self._store.remove)
         self._membership = None
         log.info("left mesh `%s`", mine.mesh_name)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from meshd.config import Config, PeerSettings
 from meshd.ids import InstanceId, ModelId, NodeId
@@ -44,9 +44,8 @@ class EchoBack(asyncio.Protocol):
         self.lost = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-        transport.write(f"{self.peer}:".encode())
+        self.transport = cast("asyncio.Transport", transport)  # no subclass of it under TLS
+        self.transport.write(f"{self.peer}:".encode())
 
     def data_received(self, data: bytes) -> None:
         assert self.transport is not None

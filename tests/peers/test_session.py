@@ -7,11 +7,11 @@ import shutil
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
-import uvloop
 
 from meshd.errors import PeerRefused, PeerUnreachable
 from meshd.ids import NodeId
@@ -24,11 +24,6 @@ from meshd.view import MeshState, NodeState, PeerState, Role
 from tests.peers.station import EchoBack, Station
 
 Maker = Callable[..., Awaitable[Station]]
-
-
-def pytest_asyncio_loop_factories(config: Any, item: Any) -> dict[str, Any]:
-    """The loop the daemon runs on."""
-    return {"uvloop": uvloop.new_event_loop}
 
 
 @pytest.fixture
@@ -62,10 +57,21 @@ def alive(at: Station, other: Station) -> bool:
 
 async def all_see_all(*stations: Station) -> None:
     for station in stations:
-        await station.until(
-            lambda s=station: all(alive(s, o) for o in stations if o is not s),
-            f"{[o.name for o in stations]} alive",
-        )
+        others = [o for o in stations if o is not station]
+        seen = partial(all_alive, station, others)
+        await station.until(seen, f"{[o.name for o in others]} alive")
+
+
+def all_alive(at: Station, others: list[Station]) -> bool:
+    return all(alive(at, other) for other in others)
+
+
+def links(at: Station) -> int:
+    return len(at.session.linking.links)
+
+
+def unknown(at: Station, other: Station) -> bool:
+    return at.peer(other) is None
 
 
 async def test_two_nodes_see_each_other_and_what_they_serve(make: Maker) -> None:
@@ -87,7 +93,9 @@ async def test_a_newcomer_that_knows_one_meets_all_and_each_pair_has_one_link(ma
     others = [await make(name, a) for name in "bcde"]
     await all_see_all(a, *others)
     for station in (a, *others):
-        await station.until(lambda s=station: len(s.session.linking.links) == 4, "four links")
+        async with asyncio.timeout(10):
+            while links(station) != 4:  # noqa: ASYNC110  (no view tells of links)
+                await asyncio.sleep(0.02)
 
 
 async def test_a_stream_reaches_the_api_of_the_node_it_names(make: Maker) -> None:
@@ -99,8 +107,7 @@ async def test_a_stream_reaches_the_api_of_the_node_it_names(make: Maker) -> Non
 
     class Client(asyncio.Protocol):
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
-            assert isinstance(transport, asyncio.Transport)
-            transport.write(b"hello")
+            cast("asyncio.Transport", transport).write(b"hello")
 
         def data_received(self, data: bytes) -> None:
             received.put_nowait(data)
@@ -165,7 +172,7 @@ async def test_a_revoked_node_loses_its_links_and_cannot_come_back(
     await a.session.trust.deny(b.id)
     a.session.denied((b.id,))
     for station in (a, c):
-        await station.until(lambda s=station: s.peer(b) is None, "b forgotten")
+        await station.until(partial(unknown, station, b), "b forgotten")
         assert station.session.linking.links.get(b.id) is None
     await b.until(lambda: b.board.current.mesh.state is MeshState.REFUSED, "b knows")
     assert "deny list" in (b.board.current.mesh.reason or "")
