@@ -374,6 +374,8 @@ class Session:
             self._rtts_s.pop(change.node, None)
         elif change.new is PeerState.ALIVE and change.old is None:
             self._needs.spawn(self.remember())
+        elif change.new is PeerState.DEAD:
+            self.linking.abandon(change.node)
         self._dirty(True)
 
     # -- statements of our own --------------------------------------------------------------------
