@@ -1,0 +1,47 @@
+"""What the rooms tell each other: immutable snapshots, and how those of many nodes are joined."""
+
+from meshd.view.snapshots import (
+    BinaryView,
+    CacheView,
+    DeviceView,
+    HostView,
+    MeshState,
+    MeshView,
+    ModelState,
+    ModelView,
+    NodeState,
+    NodeView,
+    PeerModel,
+    PeerState,
+    PeerView,
+    ProofView,
+    Role,
+    RuntimeView,
+    Target,
+    View,
+)
+from meshd.view.united import union, with_local, with_peers
+
+__all__ = [
+    "BinaryView",
+    "CacheView",
+    "DeviceView",
+    "HostView",
+    "MeshState",
+    "MeshView",
+    "ModelState",
+    "ModelView",
+    "NodeState",
+    "NodeView",
+    "PeerModel",
+    "PeerState",
+    "PeerView",
+    "ProofView",
+    "Role",
+    "RuntimeView",
+    "Target",
+    "View",
+    "union",
+    "with_local",
+    "with_peers",
+]

@@ -1,0 +1,244 @@
+"""What the rooms tell each other: immutable snapshots.
+
+A view is replaced, never edited. Reading one is advice; whoever wants to change something sends an
+event to its owner. Sizes are bytes, times are seconds, `*_at` in a view is Unix time for people.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+
+from meshd.ids import InstanceId, MeshId, ModelId, NodeId
+
+
+class NodeState(StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+
+
+class ModelState(StrEnum):
+    """States of a model, as in `/mesh/status`. A *wait* always has a reason beside it."""
+
+    ABSENT = "absent"
+    FETCHING = "fetching"
+    VERIFYING = "verifying"
+    WAITING = "waiting"
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+class PeerState(StrEnum):
+    """What membership says of another node."""
+
+    ALIVE = "alive"
+    SUSPECT = "suspect"
+    DEAD = "dead"
+    LEFT = "left"
+
+
+class MeshState(StrEnum):
+    """Where this node stands with its mesh."""
+
+    NONE = "none"
+    """It belongs to none: not asked to join yet, or it left."""
+    JOINING = "joining"
+    MEMBER = "member"
+    REFUSED = "refused"
+    """The mesh will not have it; `reason` says why. It serves what it has alone."""
+
+
+class Role(StrEnum):
+    MEMBER = "member"
+    CLIENT = "client"
+    """Uses the mesh, hosts nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One engine that can be sent a request for a model now."""
+
+    model: ModelId
+    node: str
+    """Name of the node, for `x-meshd-node`."""
+    instance: InstanceId
+    socket_path: str
+    """Unix socket of the engine; empty if it is another node's."""
+    slots: int
+    """How many requests the engine works on at once."""
+    local: bool = True
+    node_id: NodeId | None = None
+    """Of the node whose engine it is; None for this one's."""
+    slots_free: int | None = None
+    """As that node last reported; None for a local engine, whose requests are all our own."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostView:
+    """One node's engine for a model."""
+
+    node: str
+    node_id: NodeId
+    epoch: int
+    state: ModelState
+    context_length: int | None
+    """Tokens per slot, as the engine reported them after loading."""
+    slots: int
+    slots_free: int
+    bytes_on_disk: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    id: ModelId
+    ref: str
+    state: ModelState
+    reason: str | None = None
+    """Why it is not `ready`, in words that say what to do; None when it is."""
+    progress: float | None = None
+    """0..1 of what is being waited for; None if nothing can be said."""
+    retry_after_s: float | None = None
+    digest: str | None = None
+    """sha256 over the weights; None while it has not been proved."""
+    context_length: int | None = None
+    capabilities: tuple[str, ...] = ()
+    created_at: int = 0
+    evidence: tuple[str, ...] = ()
+    """Last lines of the engine, for a model that failed."""
+    hosts: tuple[HostView, ...] = ()
+    targets: tuple[Target, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceView:
+    name: str
+    backend: str
+    uuid: str | None
+    memory_total_bytes: int
+    memory_free_bytes: int
+    unified: bool
+    """Device memory is the machine's memory (CPU, GB10, Apple)."""
+    compute_capability: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class BinaryView:
+    name: str
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProofView:
+    level: str
+    """`none`, `binary` (it is what it claims to be), `backend` (it lists the device), `runtime`."""
+    passed: bool
+    checked_at: float
+    evidence: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeView:
+    """The engine this node runs."""
+
+    id: str
+    backend: str
+    build: str
+    rpc_protocol: str | None
+    directory: str
+    binaries: tuple[BinaryView, ...]
+    proof: ProofView
+
+
+@dataclass(frozen=True, slots=True)
+class CacheView:
+    path: str
+    used_bytes: int
+    budget_bytes: int | None
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeView:
+    id: NodeId
+    name: str
+    version: str
+    role: str
+    state: NodeState
+    started_at: float
+    """Monotonic seconds; `uptime_s` is derived from it."""
+    listen: str
+    peer_listen: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class MeshView:
+    id: MeshId | None = None
+    name: str = ""
+    state: MeshState = MeshState.NONE
+    reason: str | None = None
+    """Why it is not `member`, in words that say what to do."""
+    issuer: bool = False
+    """Whether this node holds the mesh's key and can invite."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerModel:
+    """A model as another node's signed advert tells it; `slots_free` is newer than the advert."""
+
+    id: ModelId
+    ref: str
+    state: ModelState
+    digest: str | None = None
+    reason: str | None = None
+    progress: float | None = None
+    context_length: int | None = None
+    capabilities: tuple[str, ...] = ()
+    created_at: int = 0
+    bytes_on_disk: int = 0
+    instance: InstanceId | None = None
+    """Set while its engine can be sent requests."""
+    epoch: int = 0
+    slots: int = 0
+    slots_free: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PeerView:
+    id: NodeId
+    name: str
+    state: PeerState
+    role: Role = Role.MEMBER
+    address: str | None = None
+    """HOST:PORT it is reached at, or would be dialled at first."""
+    rtt_s: float | None = None
+    """Smoothed round trip of a control message; None before the first."""
+    version: str = ""
+    draining: bool = False
+    devices: tuple[DeviceView, ...] = ()
+    models: tuple[PeerModel, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A node's current picture of itself and, as far as it knows them, of all others.
+
+    Published whole; `with_local` and `with_peers` (united.py) keep `models` in step.
+    """
+
+    node: NodeView
+    runtime: RuntimeView | None = None
+    devices: tuple[DeviceView, ...] = ()
+    models: Mapping[ModelId, ModelView] = field(default_factory=lambda: MappingProxyType({}))
+    """Every model the mesh serves or could, as clients see it."""
+    cache: CacheView | None = None
+    mesh: MeshView = MeshView()
+    local: Mapping[ModelId, ModelView] = field(default_factory=lambda: MappingProxyType({}))
+    """The part of `models` that is this node's own."""
+    peers: tuple[PeerView, ...] = ()
+    """All other nodes, tombstones included, by name."""
