@@ -12,9 +12,9 @@ from typing import Any
 
 from meshd.errors import PeerRefused, ProtocolError
 from meshd.peers.channel import FrameChannel
+from meshd.peers.codec import alive_from_wire, alive_to_wire
 from meshd.peers.gossip import Alive
 from meshd.peers.hello import Hello, judge, parse_hello, refusal
-from meshd.peers.codec import alive_from_wire, alive_to_wire
 
 MAX_DOCTOR_PINGS = 64
 

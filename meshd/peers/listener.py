@@ -1,8 +1,8 @@
 """The one port between nodes: TLS first, then by ALPN to whoever speaks that protocol.
 
 Who may speak what is decided in one place, `tls.may_speak`: without a certificate of the mesh
-nothing but joining is reached. A connection that has not said what it wants within `FIRST_WORDS_S` is
-closed; at most `MAX_STRANGERS` may be in that state.
+nothing but joining is reached. A connection that has not said what it wants within `FIRST_WORDS_S`
+is closed; at most `MAX_STRANGERS` may be in that state.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Member = Callable[[FrameChannel, PeerCertificate], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Speakers:
-    """Who serves what, and who says whose certificate one is (`authenticate` raises PeerRefused)."""
+    """Who serves what. `authenticate` says whose certificate one is, or raises PeerRefused."""
 
     authenticate: Callable[[bytes], PeerCertificate]
     join: Stranger
