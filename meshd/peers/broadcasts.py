@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Collection, Iterator
+from typing import Final, TypeAlias
 
 from meshd.ids import NodeId
 from meshd.peers.gossip import Dead, Update, encoded_size
@@ -18,12 +16,8 @@ RETELL: Final = 3
 """λ: each update is told λ·log2(n + 1) times; 3 leaves nobody out with high probability."""
 
 
-@dataclass(slots=True)
-class _Item:
-    update: Update
-    order: int
-    told: int = 0
-    size: int = 0
+Tier: TypeAlias = dict[NodeId, Update]
+"""Updates that were told equally often, the newest last."""
 
 
 class Broadcasts:
@@ -34,47 +28,60 @@ class Broadcasts:
     """
 
     def __init__(self) -> None:
-        self._items: dict[NodeId, _Item] = {}
-        self._order = 0
+        self._tiers: dict[int, Tier] = {}
+        """By how often they were told."""
+        self._tier_of: dict[NodeId, int] = {}
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._tier_of)
 
     def put(self, update: Update) -> None:
         """Tell `update` instead of anything older about that node."""
-        self._order += 1
-        self._items.pop(update.node, None)
-        if len(self._items) >= MOST:
-            worst = max(self._items.values(), key=_eagerness)
-            del self._items[worst.update.node]
-        self._items[update.node] = _Item(update, self._order, size=encoded_size(update))
+        self.drop(update.node)
+        if len(self) >= MOST:
+            self.drop(next(iter(self._tiers[max(self._tiers)])))
+        self._place(update, 0)
 
     def drop(self, node: NodeId) -> None:
-        self._items.pop(node, None)
+        told = self._tier_of.pop(node, None)
+        if told is not None:
+            tier = self._tiers[told]
+            del tier[node]
+            if not tier:
+                del self._tiers[told]
 
     def drop_deaths(self) -> None:
-        self._items = {n: i for n, i in self._items.items() if not isinstance(i.update, Dead)}
+        deaths = [u.node for u in self._eager() if isinstance(u, Dead)]
+        for node in deaths:
+            self.drop(node)
 
     def take(
         self, nodes: int, skip: Collection[NodeId] = (), budget_bytes: int = MESSAGE_BYTES
     ) -> tuple[Update, ...]:
         """For one message in a mesh of `nodes`: the least told first, of those the newest; none
-        about the nodes in `skip`."""
-        if not self._items:
-            return ()
-        limit = RETELL * max(1, nodes.bit_length())  # ceil(log2(n + 1))
+        about the nodes in `skip`. One that fits into no message goes alone."""
         taken: list[Update] = []
-        items = (item for node, item in self._items.items() if node not in skip)
-        for item in heapq.nsmallest(MESSAGE_UPDATES, items, key=_eagerness):
-            if item.size > budget_bytes:
+        for update in self._eager():
+            size = encoded_size(update)
+            giant = size > MESSAGE_BYTES and not taken
+            if update.node in skip or (size > budget_bytes and not giant):
                 continue
-            budget_bytes -= item.size
-            taken.append(item.update)
-            item.told += 1
-            if item.told >= limit:
-                del self._items[item.update.node]
+            budget_bytes -= size
+            taken.append(update)
+            if len(taken) == MESSAGE_UPDATES:
+                break
+        limit = RETELL * max(1, nodes.bit_length())  # ceil(log2(n + 1))
+        for update in reversed(taken):  # so that the newest stays the last of its tier
+            told = self._tier_of[update.node] + 1
+            self.drop(update.node)
+            if told < limit:
+                self._place(update, told)
         return tuple(taken)
 
+    def _place(self, update: Update, told: int) -> None:
+        self._tiers.setdefault(told, {})[update.node] = update
+        self._tier_of[update.node] = told
 
-def _eagerness(item: _Item) -> tuple[int, int]:
-    return item.told, -item.order
+    def _eager(self) -> Iterator[Update]:
+        for told in sorted(self._tiers):
+            yield from reversed(self._tiers[told].values())

@@ -38,6 +38,8 @@ class Roster:
         self._members: dict[NodeId, Member] = {}
         self._living: list[NodeId] = []
         """ALIVE and SUSPECT, sorted: the ring."""
+        self._tombs: dict[NodeId, None] = {}
+        """All others, the oldest first."""
         self._order: list[NodeId] = []
         """Who is still to be probed in this round; the last comes first."""
         self._round = True
@@ -67,34 +69,35 @@ class Roster:
         """Whether `node` may be put in, and the tombstone that was taken out for it."""
         if node in self._members or len(self._members) < MOST:
             return None, True
-        tombs = (m for m in self._members.values() if not m.lives)
-        oldest = min(tombs, key=lambda m: m.since, default=None)
-        if oldest is not None:
-            self.remove(oldest.node)
-        return oldest, oldest is not None
+        oldest = next(iter(self._tombs), None)
+        return (self.remove(oldest), True) if oldest is not None else (None, False)
 
     def put(self, member: Member) -> None:
-        old = self._members.get(member.node)
-        self._members[member.node] = member
-        if old is not None and old.lives and old.statement is not None:
+        node = member.node
+        old = self._members.get(node)
+        lived = old is not None and old.lives
+        self._members[node] = member
+        if old is not None and lived and old.statement is not None:
             self.buckets.toggle(old.statement)
         if member.lives and member.statement is not None:
             self.buckets.toggle(member.statement)
-        if member.lives == (old is not None and old.lives):
-            return
-        at = bisect.bisect_left(self._living, member.node)
-        if member.lives:
-            self._living.insert(at, member.node)
+        if not member.lives:
+            self._tombs.setdefault(node)
+        at = bisect.bisect_left(self._living, node)
+        if lived and not member.lives:
+            del self._living[at]
+        elif member.lives and not lived:
+            self._tombs.pop(node, None)
+            self._living.insert(at, node)
             # Somewhere in the round that runs: a newcomer is not probed by all at once. A node that
             # comes and goes must not fill the round with itself.
             if len(self._order) < 2 * len(self._living):
                 place = int(self._chance.random() * (len(self._order) + 1))
-                self._order.insert(place, member.node)
-        else:
-            del self._living[at]
+                self._order.insert(place, node)
 
     def remove(self, node: NodeId) -> Member | None:
         member = self._members.pop(node, None)
+        self._tombs.pop(node, None)
         if member is not None and member.lives:
             if member.statement is not None:
                 self.buckets.toggle(member.statement)

@@ -17,7 +17,7 @@ any of it. Rules, numbered as in the code:
    second (`broadcasts`); what is missed on the way is found by digests (`digests`).
 7. The dead are tried again, and told that they are held dead: that heals partitions. Those that
    left are not. Both are forgotten with age.
-8. A node that leaves says so to some members at once, and probes nobody any more.
+8. A node that leaves says so to some members at once, and probes nobody of its own accord any more.
 """
 
 from __future__ import annotations

@@ -75,7 +75,8 @@ class Node:
 
 
 class World:
-    """`size` nodes that know each other and are linked, unless `alone`."""
+    """`size` nodes that know each other and are linked, but for the last `outsiders`: they are
+    running, and know nobody."""
 
     def __init__(
         self,
@@ -84,7 +85,7 @@ class World:
         conditions: Conditions | None = None,
         timing: Timing = LAN,
         *,
-        alone: bool = False,
+        outsiders: int = 0,
     ) -> None:
         self.now = 0.0
         self.timing = timing
@@ -100,12 +101,14 @@ class World:
         self._count = 0
         self.nodes = [Node(i, _id(i), self._machine(_id(i))) for i in range(size)]
         self._by_id = {node.id: node.index for node in self.nodes}
-        if alone:
-            for node in self.nodes:
-                node.broken = {i for i in range(size) if i != node.index}
-                self.post(node.index, SelfStated(node.word(_first(node))))
-        else:
-            self.introduce(self.nodes)
+        insiders = self.nodes[: size - outsiders]
+        self._introduce(insiders)
+        for node in self.nodes[len(insiders) :]:
+            for insider in insiders:
+                insider.broken.add(node.index)
+            node.broken = {i for i in range(size) if i != node.index}
+        for node in self.nodes:
+            self.post(node.index, SelfStated(node.word(_first(node))))
 
     # -- what a test does to it -------------------------------------------------------------------
 
@@ -195,6 +198,8 @@ class World:
         suspicion somewhere."""
         running = {n.id: n for n in self.up()}
         for node in running.values():
+            if len(node.machine.members) < len(running) - 1:
+                return False
             living = 0
             for member in node.machine.members.values():
                 if not member.lives:
@@ -217,18 +222,12 @@ class World:
 
     # -- the machinery ----------------------------------------------------------------------------
 
-    def fresh_machine(self, node: Node) -> Swim:
-        """One that knows nothing, in place of the node's own."""
-        node.incarnations, node.wakes_at = {}, None
-        return self._machine(node.id)
-
-    def introduce(self, nodes: Sequence[Node]) -> None:
-        """Have `nodes` know each other, as if they had met long ago, and state themselves."""
+    def _introduce(self, nodes: Sequence[Node]) -> None:
+        """Have `nodes` know each other, as if they had met long ago."""
         words = tuple(node.word(_first(node)) for node in nodes)
         for node in nodes:
-            host = next(other for other in nodes if other is not node)
-            node.machine.handle(MessageReceived(host.id, Sync((), words, answer=False)), self.now)
-            self.post(node.index, SelfStated(node.word(_first(node))))
+            host = self.nodes[node.index - 1].id
+            node.machine.handle(MessageReceived(host, Sync((), words, answer=False)), self.now)
 
     def _machine(self, node: NodeId) -> Swim:
         return Swim(node, self.timing, random.Random(self.chance.random()))
