@@ -129,8 +129,12 @@ class MeshStore:
             if self.directory.exists():
                 self.directory.replace(self._aside)
             self._building.replace(self.directory)
-        except BaseException:
+        except BaseException as error:
             self._sweep()
+            if isinstance(error, ProtocolError):
+                raise BadConfig(
+                    f"what the mesh sent does not hold together: {error.message}"
+                ) from None
             raise
         _sync(self.directory.parent)
         self._sweep()
@@ -146,12 +150,14 @@ class MeshStore:
 
     def replace_certificate(self, pem: bytes) -> Membership:
         """Use a renewed certificate (PEM). Raises ProtocolError, PeerRefused if it is not one for
-        this node in this mesh with the same role; the old one then stays."""
+        this node in this mesh with the same role, or no later one; the old one then stays."""
         current = self._read()
         renewed = certificate_der(pem)
         leaf = read_leaf(renewed, current.ca_certificate)
         if leaf.node_id != self._identity.node_id or leaf.role is not current.role:
             raise ProtocolError("the renewed certificate is not for this node")
+        if leaf.not_after <= current.not_after:
+            raise ProtocolError("the renewed certificate lasts no longer than the present one")
         authenticate_leaf(renewed, current.ca_certificate, (), time.time())
         write_atomic(current.certificate_path, certificate_pem(renewed))
         return replace(current, certificate=renewed, not_after=leaf.not_after)

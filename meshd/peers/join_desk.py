@@ -20,7 +20,8 @@ from meshd.ids import NodeId
 from meshd.peers.admission import MAX_MEMBERS, NONCE_BYTES, Admitted, Greeting, Request, proof
 from meshd.peers.certificates import read_csr
 from meshd.peers.channel import FrameChannel
-from meshd.peers.denylist import MAX_MESSAGE_ENTRIES, DenyList
+from meshd.peers.denylist import MAX_MESSAGE_ENTRIES, DenyEntry, DenyList
+from meshd.peers.frames import JOIN_LIMIT, frame
 from meshd.peers.invite_book import InviteBook, refusal
 from meshd.peers.membership import Membership
 from meshd.peers.protocol import PROTOCOL
@@ -115,36 +116,28 @@ class JoinDesk:
         granted = await self._run(self._invites.redeem, asked.invite, node)
         certificate = mine.authority.sign(asked.csr.encode(), granted.role, time.time())
         key = mine.authority.key_pem().decode() if granted.issuer else None
-        answer = Admitted(
-            certificate=certificate.decode(),
-            role=granted.role,
-            ca_key=key,
-            denied=self._denied.entries[: MAX_MESSAGE_ENTRIES // 4],
-            members=self._members()[:MAX_MEMBERS],
-        )
-        channel.send(answer.model_dump(mode="json"))
+        answer = Admitted(certificate=certificate.decode(), role=granted.role, ca_key=key)
+        channel.send(_completed(answer, self._denied.entries, self._members()))
         self._admitted(node, asked.name, granted.role)
 
     def _check(self, mine: Membership, asked: Request, nonce: bytes) -> None:
-        """1. The secret is proved, before anything is said about the invite. 2. The request is the
-        node's own. 3. The node is not on the deny list."""
+        """1. The invite is known and its secret is proved, before more is said about it. 2. The
+        request is the node's own. 3. The node is not on the deny list."""
         assert self._invites is not None
-        key = self._invites.key(asked.invite)
-        if key is not None:
-            expected = proof(
-                key,
-                member_nonce=nonce,
-                joiner_nonce=asked.nonce,
-                member_certificate=mine.certificate,
-                node=asked.node,
-                csr=asked.csr,
+        expected = proof(
+            self._invites.key(asked.invite),
+            member_nonce=nonce,
+            joiner_nonce=asked.nonce,
+            member_certificate=mine.certificate,
+            node=asked.node,
+            csr=asked.csr,
+        )
+        if not hmac.compare_digest(expected, asked.proof):  # 1
+            raise refusal(
+                "bad_proof",
+                "the secret of the invite was not proved; copy the whole token again, or make a "
+                "new one with `meshd invite`",
             )
-            if not hmac.compare_digest(expected, asked.proof):  # 1
-                raise refusal(
-                    "bad_proof",
-                    "the secret of the invite was not proved; copy the whole token again, or make "
-                    "a new one with `meshd invite`",
-                )
         node, _ = read_csr(asked.csr.encode())  # 2
         if node != asked.node:
             raise ProtocolError("the certificate request is another node's")
@@ -160,6 +153,19 @@ class JoinDesk:
         if now - self._logged_at >= LOG_PAUSE_S:
             self._logged_at = now
             log.info(message, *arguments)
+
+
+def _completed(
+    answer: Admitted, denied: tuple[DenyEntry, ...], members: tuple[KnownPeer, ...]
+) -> dict[str, Any]:
+    """`answer` with as much of both lists as one frame holds; a link brings the rest."""
+    most = MAX_MESSAGE_ENTRIES // 4
+    while True:
+        lists = {"denied": denied[:most], "members": members[: min(most, MAX_MEMBERS)]}
+        wire = answer.model_copy(update=lists).model_dump(mode="json")
+        if most == 0 or len(frame(wire)) <= JOIN_LIMIT:
+            return wire
+        most //= 2
 
 
 def _to_wire(error: JoinRefused) -> dict[str, Any]:

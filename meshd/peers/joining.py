@@ -38,8 +38,8 @@ AT_ONCE: Final = 4
 """Addresses of one invite that are dialled in parallel."""
 PASSING: Final = frozenset(("busy", "failed"))
 """Refusals after which the same request may go well."""
-NOT_THERE: Final = frozenset(("not_issuer", "unknown_invite"))
-"""Refusals of a member that others of the invite's addresses need not share."""
+NOT_THERE: Final = frozenset(("not_issuer", "unknown_invite", "wrong_mesh", "version_skew"))
+"""What is wrong with one address of the invite and need not be with the others."""
 
 
 async def join(
@@ -81,7 +81,7 @@ async def join(
     final = [e for e in errors if isinstance(e, JoinRefused)]
     if len(final) == len(errors):
         raise final[0]
-    said = "; ".join(e.message for e in errors if not isinstance(e, JoinRefused))
+    said = "; ".join(e.message for e in errors)
     raise PeerUnreachable(
         f"no member of mesh `{invite.mesh_name}` could be asked to let this node in ({said}); "
         "is a member running, and may this machine reach its peer port?"
@@ -125,7 +125,11 @@ async def _dial(address: str) -> FrameChannel:
 async def _converse(
     channel: FrameChannel, address: str, invite: Invite, identity: Identity, name: str
 ) -> Grant:
-    greeting = read(Greeting, _not_refused(await channel.read()), f"{address}: greeting")
+    first = await channel.read()
+    if first.get("t") == "refused":
+        # It has not shown yet that it is a member: a stranger's word ends nothing for good.
+        raise PeerUnreachable(f"{address}: {parse_refusal(first).message}")
+    greeting = read(Greeting, first, f"{address}: greeting")
     shown = channel.certificate
     _check_member(greeting, shown, invite, address)
     if common_version(PROTOCOL, greeting.protocol) is None:
@@ -137,7 +141,8 @@ async def _converse(
                 our_build=__version__,
                 their_name=greeting.name,
                 their_build=greeting.version,
-            )
+            ),
+            detail={"reason": "version_skew"},
         )
     assert shown is not None
     csr, nonce = make_csr(identity).decode(), secrets.token_bytes(NONCE_BYTES)
@@ -168,20 +173,27 @@ async def _converse(
 
 def _check_member(greeting: Greeting, shown: bytes | None, invite: Invite, address: str) -> None:
     """Whether the other side is a member of the invite's mesh, by the fingerprint in the invite
-    and the certificate it proved in TLS. Raises JoinRefused."""
+    and the certificate it proved in TLS. Raises JoinRefused (wrong_mesh)."""
     if hashlib.sha256(greeting.ca).digest() != invite.ca_fingerprint:
         raise JoinRefused(
             f"at {address} answers mesh `{greeting.mesh_name}`, which is not the one this invite "
             f"is for (`{invite.mesh_name}`): another mesh has that address now, or somebody "
-            "listens in between; make a new invite"
+            "listens in between; make a new invite",
+            detail={"reason": "wrong_mesh"},
         )
     mesh_id, _ = mesh_of(greeting.ca)
     try:
         authenticate_leaf(shown, greeting.ca, (), time.time())
     except PeerRefused as error:
-        raise JoinRefused(f"{address} is not a member of its mesh: {error.message}") from None
+        raise JoinRefused(
+            f"{address} is not a member of its mesh: {error.message}",
+            detail={"reason": "wrong_mesh"},
+        ) from None
     if mesh_id != invite.mesh_id:
-        raise JoinRefused(f"{address} belongs to another mesh than the invite names")
+        raise JoinRefused(
+            f"{address} belongs to another mesh than the invite names",
+            detail={"reason": "wrong_mesh"},
+        )
 
 
 def _not_refused(message: dict[str, Any]) -> dict[str, Any]:

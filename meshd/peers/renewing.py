@@ -16,11 +16,15 @@ from meshd.ids import NodeId
 from meshd.kernel import Clock
 from meshd.peers.certificates import make_csr, read_csr
 from meshd.peers.links import ControlLink
+from meshd.peers.throttle import Throttle
 from meshd.peers.trust import Trust
 
 log = logging.getLogger(__name__)
 
 ASK_AGAIN_S: Final = 900.0
+SIGN_AGAIN_S: Final = 60.0
+"""Between two certificates for one node; who asks more often is not answered."""
+MAX_ASKERS: Final = 4096
 MAX_PEM: Final = 8 * 1024
 
 
@@ -34,6 +38,7 @@ class Renewing:
         self._clock = clock
         self._choose = choose
         self._next_at = float("-inf")
+        self._signed = Throttle(SIGN_AGAIN_S, MAX_ASKERS)
 
     async def look(self, links: list[ControlLink]) -> None:
         """Called now and then."""
@@ -47,14 +52,23 @@ class Renewing:
             self._choose(links).send({"t": "renew", "csr": make_csr(trust.identity).decode()})
 
     async def frame_came(self, link: ControlLink, frame: dict[str, Any]) -> None:
-        """A `renew` or `renewed` frame."""
+        """A `renew` or `renewed` frame. Who asks for what is not its own loses the link; an answer
+        may be one to a question of yesterday and is only not taken."""
+        if link.transport is None or link.transport.is_closing():
+            return  # lost for an earlier frame, perhaps one of many
+        asked = frame["t"] == "renew"
         try:
-            if frame["t"] == "renew":
+            if asked:
                 self._sign(link, _pem(frame.get("csr")))
             else:
                 await self._take(link, frame)
         except MeshdError as error:
-            log.warning("renewal with %s: %s", link.remote.name, error.message)
+            log.log(
+                logging.WARNING if asked else logging.DEBUG,
+                "renewal with %s: %s", link.remote.name, error.message,
+            )  # fmt: skip
+            if asked:
+                link.drop()
 
     def _sign(self, link: ControlLink, csr: bytes) -> None:
         authority = self._trust.membership.authority
@@ -65,6 +79,8 @@ class Renewing:
         asker = link.remote
         if node != asker.node or NodeId(node) in self._trust.denied:
             raise ProtocolError("a node can only renew its own certificate")
+        if not self._signed.try_pass(asker.node, self._clock.now()):
+            return
         certificate = authority.sign(csr, asker.role, time.time())
         log.info("renewed the certificate of %s", asker.name)
         link.send({"t": "renewed", "certificate": certificate.decode()})
