@@ -22,7 +22,7 @@ from typing import Annotated, Final
 import orjson
 from pydantic import Field, ValidationError
 
-from meshd.errors import BadConfig, MeshdError, PeerRefused, ProtocolError
+from meshd.errors import BadConfig, MeshdError, NoSpace, PeerRefused, ProtocolError
 from meshd.ids import MeshId, NodeId
 from meshd.kernel.files import write_atomic
 from meshd.peers import authority as authorities
@@ -118,12 +118,12 @@ class MeshStore:
     def install(self, grant: Grant) -> Membership:
         """Become a member by `grant`; takes the place of any earlier membership.
 
-        Raises BadConfig if the grant is not for this node or does not hold together; then, as with
-        OSError, the earlier membership is untouched and nothing of the new one is left.
+        Raises BadConfig if the grant is not for this node or does not hold together, NoSpace if it
+        cannot be written; the earlier membership is then untouched and nothing of the new one left.
         """
         self._sweep()
-        self._building.mkdir(mode=0o700)
         try:
+            self._building.mkdir(mode=0o700)
             self._write(self._building, grant)
             MeshStore(self._building, self._identity).load()
             if self.directory.exists():
@@ -135,6 +135,8 @@ class MeshStore:
                 raise BadConfig(
                     f"what the mesh sent does not hold together: {error.message}"
                 ) from None
+            if isinstance(error, OSError):
+                raise _unwritten(self.directory, error) from None
             raise
         _sync(self.directory.parent)
         self._sweep()
@@ -150,7 +152,8 @@ class MeshStore:
 
     def replace_certificate(self, pem: bytes) -> Membership:
         """Use a renewed certificate (PEM). Raises ProtocolError, PeerRefused if it is not one for
-        this node in this mesh with the same role, or no later one; the old one then stays."""
+        this node in this mesh with the same role, or no later one, NoSpace if it cannot be
+        written; the old one then stays."""
         current = self._read()
         renewed = certificate_der(pem)
         leaf = read_leaf(renewed, current.ca_certificate)
@@ -159,16 +162,17 @@ class MeshStore:
         if leaf.not_after <= current.not_after:
             raise ProtocolError("the renewed certificate lasts no longer than the present one")
         authenticate_leaf(renewed, current.ca_certificate, (), time.time())
-        write_atomic(current.certificate_path, certificate_pem(renewed))
+        _write(current.certificate_path, certificate_pem(renewed))
         return replace(current, certificate=renewed, not_after=leaf.not_after)
 
     def renew_own(self, membership: Membership, now: float | None = None) -> Membership:
-        """A new certificate from this node's own copy of the mesh's key; for issuers only."""
+        """A new certificate from this node's own copy of the mesh's key; for issuers only. Raises
+        NoSpace if it cannot be written."""
         if membership.authority is None:
             raise ValueError("only an issuer can renew its own certificate")
         now = time.time() if now is None else now
         pem = membership.authority.sign(make_csr(self._identity), membership.role, now)
-        write_atomic(membership.certificate_path, pem)
+        _write(membership.certificate_path, pem)
         return self._read()
 
     def deny_list(self, membership: Membership) -> DenyList:
@@ -187,7 +191,8 @@ class MeshStore:
         """How often this node has been started, this time included; durable when it returns.
 
         Never counts back, whatever mesh the node is in: its incarnation begins with it. Called once
-        by the daemon that holds the data directory, it also clears away what a crash left.
+        by the daemon that holds the data directory, it also clears away what a crash left. Raises
+        BadConfig if the count is damaged, NoSpace if it cannot be written.
         """
         self._sweep()
         path = self.directory.with_name(_STARTS)
@@ -200,7 +205,7 @@ class MeshStore:
                 f"{path} is damaged; write a number into it that is larger than this node's starts "
                 "so far, 1000000 for instance"
             ) from None
-        write_atomic(path, f"{starts + 1}\n".encode())
+        _write(path, f"{starts + 1}\n".encode())
         return starts + 1
 
     def remember(self, peers: Iterable[tuple[NodeId, str, Iterable[str]]]) -> None:
@@ -305,6 +310,17 @@ class MeshStore:
 
 def _peers_json(had_others: bool, peers: list[KnownPeer]) -> bytes:
     return orjson.dumps(_Peers(had_others=had_others, peers=tuple(peers)).model_dump(mode="json"))
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        write_atomic(path, data)
+    except OSError as error:
+        raise _unwritten(path, error) from None
+
+
+def _unwritten(path: Path, error: OSError) -> NoSpace:
+    return NoSpace(f"{path} cannot be written: {error.strerror}; make room, or mend its directory")
 
 
 def _sync(directory: Path) -> None:

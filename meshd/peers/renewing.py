@@ -41,12 +41,16 @@ class Renewing:
         self._signed = Throttle(SIGN_AGAIN_S, MAX_ASKERS)
 
     async def look(self, links: list[ControlLink]) -> None:
-        """Called now and then."""
+        """Called now and then. What goes wrong is tried again: there is a month for it."""
         trust, now = self._trust, self._clock.now()
         if not trust.due_for_renewal() or now < self._next_at:
             return
         if trust.membership.authority is not None:
-            await trust.renew_by_own_key()
+            self._next_at = now + ASK_AGAIN_S
+            try:
+                await trust.renew_by_own_key()
+            except MeshdError as error:
+                log.warning("the certificate of this node could not be renewed: %s", error.message)
         elif links:
             self._next_at = now + ASK_AGAIN_S
             self._choose(links).send({"t": "renew", "csr": make_csr(trust.identity).decode()})
