@@ -98,6 +98,8 @@ class _Faults:
 
     severed: list[tuple[frozenset[str], frozenset[str]]] = field(default_factory=list)
     """Ports whose frames to each other are dropped, both ways."""
+    isolated: list[str] = field(default_factory=list)
+    """Ports that nothing comes from or goes to."""
     loss_percent: int = 0
     multicast: bool = True
 
@@ -192,8 +194,9 @@ class Network:
         self._apply()
 
     def isolate(self, host: Host) -> None:
-        """Cut `host` off from everybody."""
-        self.partition([host], [h for h in self.hosts.values() if h.port != host.port])
+        """Cut `host` off from everybody, those included who come later."""
+        self._faults.isolated.append(host.port)
+        self._apply()
 
     def lose(self, percent: int) -> None:
         """Drop each frame with this probability."""
@@ -215,6 +218,8 @@ class Network:
         for some, others in self._faults.severed:
             a, b = _set_of(some), _set_of(others)
             rules += [f"iifname {a} oifname {b} drop", f"iifname {b} oifname {a} drop"]
+        for port in self._faults.isolated:
+            rules += [f"iifname {port} drop", f"oifname {port} drop"]
         if self._faults.loss_percent:
             rules.append(f"numgen random mod 100 < {self._faults.loss_percent} drop")
         if not self._faults.multicast:

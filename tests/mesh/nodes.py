@@ -51,12 +51,14 @@ class MeshNode(Daemon):
         return f"{self.host.address or f'[{self.host.address6}]'}:{PEER_PORT}"
 
     def start(self) -> MeshNode:
+        """Returns when it answers and knows whether it is in a mesh or has to join one."""
         with self.host.inside():
             super().start()
+        wait_until(lambda: self.mesh["state"] != "none", what=f"a mesh; {self.stderr()}")
         return self
 
     def ends(self, *, timeout_s: float = 30.0) -> tuple[int, str]:
-        """Run it to its own end: its exit code, and the last line it wrote on standard error."""
+        """Run it to its own end: its exit code, and the one line with which it complained."""
         self.data_dir.mkdir(exist_ok=True)
         with self.host.inside():
             done = subprocess.run(
@@ -67,8 +69,8 @@ class MeshNode(Daemon):
                 timeout=timeout_s,
                 check=False,
             )
-        lines = done.stderr.strip().splitlines()
-        return done.returncode, lines[-1] if lines else ""
+        (line,) = [x for x in done.stderr.splitlines() if " INFO " not in x] or [done.stderr]
+        return done.returncode, line
 
     def request(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
@@ -183,7 +185,7 @@ class Lan:
         began = time.monotonic()
         try:
             wait_until(condition, timeout_s=timeout_s, what=what)
-        except pytest.fail.Exception as failure:
+        except (pytest.fail.Exception, MeshdError) as failure:
             raise AssertionError(f"{failure}\n{self.report()}") from None
         return time.monotonic() - began
 

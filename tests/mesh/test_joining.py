@@ -104,9 +104,11 @@ def test_ipv6_alone(lan: Lan) -> None:
 def test_an_address_that_changes_under_a_running_node(lan: Lan) -> None:
     a, b, c = lan.mesh("a", "b", "c")
     a.host = lan.network.readdress(a.host, 99)
-    lan.wait_whole(a, b, c, timeout_s=30)
+    lan.wait_seen("a", "dead", by=[b, c], timeout_s=4 + REACTION_S)
+    took_s = lan.wait_whole(a, b, c, timeout_s=20)
+    lan.say(f"one mesh again {took_s:.3f} s after the old address was found dead")
     lan.until(
-        lambda: b.peers()["a"]["address"] == a.peer_address, timeout_s=30, what="the new address"
+        lambda: b.peers()["a"]["address"] == a.peer_address, timeout_s=20, what="the new address"
     )
 
 
@@ -131,10 +133,9 @@ def test_joining_does_not_delay_serving(lan: Lan) -> None:
     b = lan.node("b", "--join", token).start()
     assert b.request("GET", "/readyz")[0] == 200
     assert time.monotonic() - began < 2 + REACTION_S
-    lan.until(lambda: b.mesh["reason"], timeout_s=10, what="a reason")
-    mesh = b.mesh
-    assert mesh["state"] == "joining"
-    assert a.peer_address in mesh["reason"]
+    assert b.mesh["state"] == "joining"
+    lan.until(lambda: a.peer_address in b.mesh["reason"], timeout_s=15, what="the reason")
+    assert b.mesh["state"] == "joining"
     assert b.mesh_files() == []
     lan.network.heal()
     lan.wait_whole(a, b)
@@ -235,9 +236,8 @@ def test_a_copied_data_directory(lan: Lan) -> None:
         ("half", "cut off"),
         ("typo", "mistyped"),
         ("expired", "expired"),
-        ("10.77.0.1", "HOST:PORT"),
-        ("10.77.0.1:99999", "port"),
-        ("some where", "name"),
+        ("10.77.0.1:99999", "HOST:PORT"),
+        ("some where", "name of a mesh"),
     ],
 )
 def test_what_is_no_way_in(lan: Lan, join: str, words: str) -> None:
@@ -284,5 +284,5 @@ def _let_invites_expire(data_dir: Path) -> None:
     path = data_dir / "mesh" / "invites.json"
     book = json.loads(path.read_text())
     (entry,) = book["invites"]
-    entry["expires_at"] = time.time() - 1
+    entry["expires_at"] = int(time.time()) - 1
     path.write_text(json.dumps(book))

@@ -7,7 +7,7 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -58,14 +58,14 @@ def all_of(made: socket.socket) -> bytes:
 def test_what_is_no_tls_gets_nothing(lan: Lan, words: bytes) -> None:
     a, b = lan.mesh("a", "b")
     stranger = lan.network.add("stranger")
-    for _ in range(20):
-        with connection(stranger, a) as made:
-            try:
-                made.sendall(words)
-            except OSError:
-                continue  # it had heard enough
-            answer = all_of(made)
-        assert answer == b"" or answer[0] == 0x15, answer  # a TLS alert at most
+    with ExitStack() as stack:
+        made = [stack.enter_context(connection(stranger, a)) for _ in range(20)]
+        for one in made:
+            with suppress(OSError):  # it has heard enough
+                one.sendall(words)
+        for one in made:
+            answer = all_of(one)
+            assert answer == b"" or answer[0] == 0x15, answer  # a TLS alert at most
     assert (a.sees("b"), b.sees("a")) == ("alive", "alive")
     assert "Traceback" not in a.stderr()
 
@@ -115,8 +115,7 @@ def test_a_certificate_of_another_mesh_opens_nothing(lan: Lan) -> None:
     hello = frame(_hello(x, a))
     with _as_member(x, a, ALPN_CTL) as made:
         made.sendall(hello)
-        with pytest.raises(ssl.SSLError, match="unknown ca"):
-            made.recv(1)
+        assert all_of(made) == b""
 
 
 def test_another_protocol_is_refused_with_words_on_both_sides(lan: Lan) -> None:
