@@ -149,13 +149,13 @@ class DenyList(Container[str]):
         new = [e for e in entries if self._would_change(e)]
         if not all(self._is_genuine(entry) for entry in new):
             raise ProtocolError("an entry of the deny list is not signed by the mesh")
-        before = self._entries
+        if not new:
+            return ()  # the usual case, at every new link: no reason to write
         added = self._add(new)
-        if self._entries is not before:
-            try:
-                self._save()
-            except OSError as error:
-                log.error("the deny list %s cannot be written: %s", self._path, error.strerror)
+        try:
+            self._save()
+        except OSError as error:
+            log.error("the deny list %s cannot be written: %s", self._path, error.strerror)
         return added
 
     def to_wire(self, *, limit: int = MAX_MESSAGE_ENTRIES) -> list[dict[str, Any]]:

@@ -62,7 +62,9 @@ def test_a_second_time_changes_nothing(path: Path) -> None:
     denied = empty(path)
     first = denied.deny(HOME, NODES[0], "stolen")
     assert denied.deny(HOME, NODES[0], "lost") == first
-    assert denied.merge([first]) == ()
+    path.unlink()
+    assert denied.merge([first, first]) == ()
+    assert not path.exists()  # nothing new, nothing written
 
 
 def test_only_an_issuer_revokes_and_only_nodes(path: Path) -> None:
