@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-MOST = 8
+MOST = 4
 STRETCH_PER_POINT = 0.25
 
 
@@ -10,7 +10,7 @@ class Awareness:
     """A score from 0 (well) to `MOST`. What makes us doubt ourselves raises it, answers lower it.
 
     A node that is starved of CPU or cut off sees all others fail at once; it should then wait
-    longer before it says so.
+    longer before it says so. Not much longer: it may be right, and its users wait.
     """
 
     __slots__ = ("score",)
@@ -29,5 +29,5 @@ class Awareness:
 
     @property
     def stretch(self) -> float:
-        """Factor for our own timeouts: 1 to 3."""
+        """Factor for our own timeouts: 1 to 2."""
         return 1.0 + STRETCH_PER_POINT * self.score

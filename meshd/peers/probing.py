@@ -19,6 +19,10 @@ MOST_LEADS: Final = 16
 a peer that names all others dead, to have them probed by us."""
 
 
+HURRY: Final = 5
+"""How much sooner than in a regular probe others are asked about a lead."""
+
+
 @dataclass(slots=True)
 class _Probe:
     target: NodeId
@@ -58,19 +62,15 @@ class Probing:
 
     def start(self, target: NodeId, now: float, *first: Update) -> None:
         """Probe `target`, unless that is under way; `first` is told to it."""
-        if target in self._by_target:
-            return
-        seq = self._outbox.next_seq()
-        self._probes[seq] = _Probe(target, now)
-        self._by_target[target] = seq
-        self._outbox.ping(target, seq, *first)
-        direct_s = self._timing.direct_timeout_s * self._awareness.stretch
-        self._agenda.set(DirectTimeout(seq), now + direct_s)
+        self._start(target, now, self._timing.direct_timeout_s, first)
 
-    def follow(self, target: NodeId, now: float, *first: Update) -> None:
-        """Probe `target` out of turn, because something hints that it is gone."""
-        if len(self._probes) < MOST_LEADS:
-            self.start(target, now, *first)
+    def try_follow(self, target: NodeId, now: float, *first: Update) -> bool:
+        """Probe `target` out of turn, because something hints that it is gone; others are asked
+        soon. So a node that is cut off finds out in a few rounds of relays that do not answer."""
+        if len(self._probes) >= MOST_LEADS:
+            return False
+        self._start(target, now, self._timing.direct_timeout_s / HURRY, first)
+        return True
 
     def ask_others(self, seq: int, now: float) -> None:
         """No answer yet: ask once more, and have others ask."""
@@ -93,8 +93,8 @@ class Probing:
         probe = self._forget(seq)
         if probe is None:
             return None
-        alone = not probe.relays and not probe.nacks
-        self._awareness.doubt(1 if alone else len(probe.relays))
+        if probe.relays or not probe.nacks:
+            self._awareness.doubt()
         return Failure(probe.target, tuple(probe.relays))
 
     def acked(self, sender: NodeId, seq: int, now: float) -> NodeId | None:
@@ -120,6 +120,17 @@ class Probing:
         seq = self._by_target.get(target)
         if seq is not None:
             self._forget(seq)
+
+    def _start(
+        self, target: NodeId, now: float, direct_s: float, first: tuple[Update, ...]
+    ) -> None:
+        if target in self._by_target:
+            return
+        seq = self._outbox.next_seq()
+        self._probes[seq] = _Probe(target, now)
+        self._by_target[target] = seq
+        self._outbox.ping(target, seq, *first)
+        self._agenda.set(DirectTimeout(seq), now + direct_s * self._awareness.stretch)
 
     def _forget(self, seq: int) -> _Probe | None:
         probe = self._probes.pop(seq, None)

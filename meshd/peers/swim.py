@@ -66,9 +66,11 @@ from meshd.peers.timing import Timing
 from meshd.view import PeerState
 
 FAREWELLS: Final = 8
+FORWARDS: Final = 64
+"""How many of those that one Sync calls dead are told so beyond those that are probed: after a
+partition the other side lists us all."""
 TELL_AGAIN_S: Final = 0.5
 """Between two messages to one node whose only purpose is to say that it is suspected or dead."""
-STALL_DOUBT: Final = 2
 
 
 class Swim:
@@ -113,7 +115,7 @@ class Swim:
 
     @property
     def health(self) -> int:
-        """0: well; more: our own probes fail in ways that are probably our fault."""
+        """0: well; more: we have reasons to doubt our own probes."""
         return self._awareness.score
 
     def due(self) -> float | None:
@@ -153,7 +155,7 @@ class Swim:
             return
         self._agenda.postpone(now - due)
         self._suspicions.postpone(now - due)
-        self._awareness.doubt(STALL_DOUBT)
+        self._awareness.doubt(2)
 
     def _start(self, now: float) -> None:
         """Everyone at a phase of its own: nodes started together must not probe together."""
@@ -199,19 +201,18 @@ class Swim:
 
     def _fail_probe(self, seq: int, now: float) -> None:
         failure = self._probing.give_up(seq)
-        if failure is None:
-            return
-        self._beliefs.suspect(failure.target, Why.NO_ANSWER, now)  # 2
-        for relay in failure.silent:
-            if not self._suspicions.is_own(relay):
-                self._probing.follow(relay, now)
+        if failure is not None:
+            self._beliefs.suspect(failure.target, Why.NO_ANSWER, now)  # 2
+            for relay in failure.silent:
+                if not self._suspicions.is_own(relay):
+                    self._probing.try_follow(relay, now)
 
     def _end_suspicion(self, node: NodeId, now: float) -> None:
         end, why = self._suspicions.end(node, now)
         if end is End.DEATH:
             self._beliefs.bury(node, why, now)
         elif end is End.LOOK:
-            self._probing.follow(node, now)
+            self._probing.try_follow(node, now)
 
     def _retry(self, now: float) -> None:  # 7
         self._agenda.set(alarms.NextRetry(), now + self._timing.retry_interval_s)
@@ -292,6 +293,7 @@ class Swim:
         """Take what a Sync holds. The same as news, but: a death is a lead, and who learns of a
         node in this way tells nobody, for the list that a newcomer gets is news only to it."""
         outdated = False
+        forwards = FORWARDS
         for update in updates:
             if update.node == self._self_id:
                 outdated |= self._own.answer(update, sender, now)
@@ -302,8 +304,11 @@ class Swim:
             else:
                 member = self._roster.get(update.node)
                 alive = member is not None and member.state is PeerState.ALIVE
-                if member is not None and alive and update.incarnation >= member.incarnation:
-                    self._probing.follow(update.node, now, update)
+                if member is None or not alive or update.incarnation < member.incarnation:
+                    continue
+                if not self._probing.try_follow(update.node, now, update) and forwards:
+                    forwards -= 1
+                    self._out.gossip(update.node, update)
         return outdated
 
     # -- links ------------------------------------------------------------------------------------

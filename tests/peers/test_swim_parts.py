@@ -93,7 +93,7 @@ def test_doubt_stretches_up_to_a_limit_and_answers_end_it() -> None:
     awareness = Awareness()
     assert awareness.stretch == 1.0
     awareness.doubt(100)
-    assert (awareness.score, awareness.stretch) == (MOST_SCORE, 3.0)
+    assert (awareness.score, awareness.stretch) == (MOST_SCORE, 2.0)
     awareness.doubt(-5)
     assert awareness.score == MOST_SCORE
     for _ in range(20):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from tests.sim.world import World
 
 SETTLE_S = 4.0
-MEASURE_S = 16.0
-"""Four rounds of digests."""
+MEASURE_S = 8.0
+"""Two rounds of digests."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,8 +39,11 @@ class Story:
 
 
 def killed_and_restarted(story: Story) -> World:
-    """SIGKILL is known to all in time; the next run is itself again, at once."""
+    """SIGKILL is known to all in time, though few have a link that could break; the next run is
+    itself again, at once."""
     world = story.world()
+    for node in world.nodes[4:]:
+        node.broken.add(0)
     world.kill(0)
     _within(world, lambda: world.all_say(0, PeerState.DEAD), KILL_S + story.allowance_s, "death")
     world.run(0.5)
@@ -64,6 +67,19 @@ def split_and_healed(story: Story) -> World:
     one, other = list(range(half)), list(range(half, story.size))
     world.network.split(one, other)
     _within(world, lambda: _buried(world, one, other), 12.0, "two views")
+    world.run(2.0)
+    world.network.heal()
+    _within(world, lambda: _one_view(world, story), HEAL_S + story.allowance_s, "one view")
+    return _checked(world)
+
+
+def cut_off(story: Story) -> World:
+    """One node loses its network: the others bury it in time, and it them not much later."""
+    world = story.world()
+    others = list(range(1, story.size))
+    world.network.split([0], others)
+    _within(world, lambda: world.all_say(0, PeerState.DEAD), SILENCE_S + story.allowance_s, "death")
+    _within(world, lambda: _buried(world, [0], others), SILENCE_S + story.allowance_s, "solitude")
     world.run(2.0)
     world.network.heal()
     _within(world, lambda: _one_view(world, story), HEAL_S + story.allowance_s, "one view")
@@ -142,6 +158,7 @@ STORIES: tuple[Callable[[Story], World], ...] = (
     killed_and_restarted,
     silenced,
     split_and_healed,
+    cut_off,
     left,
     restarted_at_once,
     half_deaf,
