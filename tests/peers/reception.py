@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from meshd.errors import PeerRefused
 from meshd.ids import NodeId
 from meshd.kernel import Pool
 from meshd.peers.certificates import PeerCertificate
@@ -70,6 +68,8 @@ class Reception:
         self.members: tuple[KnownPeer, ...] = ()
         self.heard: list[tuple[str | None, PeerCertificate]] = []
         self.tasks: set[asyncio.Task[None]] = set()
+        self.bugs: list[BaseException] = []
+        """What came out of serving somebody; the daemon would end by it."""
         self.desk = JoinDesk(
             lambda: self.membership,
             name,
@@ -104,6 +104,7 @@ class Reception:
         for task in tuple(self.tasks):
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
+        assert self.bugs == []
 
     async def idle(self) -> None:
         """Until nobody is being served any more."""
@@ -122,11 +123,15 @@ class Reception:
     async def _greet(self, channel: FrameChannel, certificate: PeerCertificate) -> None:
         self.heard.append((channel.alpn, certificate))
         channel.send({"t": "welcome", "alpn": channel.alpn})
-        with contextlib.suppress(PeerRefused):
-            channel.close()
+        channel.close()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work, name=f"{self.name}:peer")
         self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        task.add_done_callback(self._served)
         return task
+
+    def _served(self, task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.bugs.append(error)
