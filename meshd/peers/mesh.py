@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from meshd.config import Config
@@ -30,15 +29,17 @@ from meshd.peers.addresses import advertised_addresses
 from meshd.peers.credentials import MeshStore
 from meshd.peers.identity import Identity
 from meshd.peers.invite_book import InviteBook
-from meshd.peers.invites import Invite, decode_invite, encode_invite, is_token
+from meshd.peers.invites import Invite, encode_invite
 from meshd.peers.join_desk import JoinDesk
 from meshd.peers.joining import join
 from meshd.peers.listener import PeerListener, Speakers
 from meshd.peers.membership import Membership
 from meshd.peers.naming import resolve_node
-from meshd.peers.session import Needs, Session, publish
+from meshd.peers.session import Needs, Session
+from meshd.peers.showing import publish
 from meshd.peers.trust import Trust
 from meshd.peers.wire import KnownPeer
+from meshd.peers.wishes import Wishes, check_wishes, read_wishes
 from meshd.view import MeshState, MeshView, Role, Target
 
 log = logging.getLogger(__name__)
@@ -69,29 +70,6 @@ class Announcer(Protocol):
     def look_for(self, mesh_id: MeshId | None, mesh_name: str) -> None: ...
 
     def rest(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Wishes:
-    """What `--join` asked for, sorted by kind."""
-
-    invites: tuple[Invite, ...]
-    addresses: tuple[str, ...]
-    names: tuple[str, ...]
-
-
-def read_wishes(values: tuple[str, ...]) -> Wishes:
-    """Sort the values of `--join`. Raises BadInvite for a token that is none.
-
-    Expired ones are read too: a node that once joined with one is started with it for ever.
-    """
-    tokens = [v for v in values if is_token(v)]
-    others = [v for v in values if v not in tokens]
-    return Wishes(
-        invites=tuple(decode_invite(token, now=0.0) for token in tokens),
-        addresses=tuple(v for v in others if ":" in v),
-        names=tuple(v for v in others if ":" not in v),
-    )
 
 
 class MeshService(Service):
@@ -133,7 +111,7 @@ class MeshService(Service):
         """
         self._wishes = read_wishes(self._config.join)
         self._membership = self._store.load()
-        self._check_wishes()
+        check_wishes(self._wishes, self._membership, self._store.had_others, self._config.mesh)
         if self.client and self._config.model:
             raise BadConfig("a client node hosts no models; leave --model out", param="model")
         self._port = self._listener.bind()
@@ -151,39 +129,6 @@ class MeshService(Service):
     def peer_listen(self) -> str:
         host, _ = self._config.peer_listen_address
         return f"[{host}]:{self._port}" if ":" in host else f"{host}:{self._port}"
-
-    def _check_wishes(self) -> None:
-        """1. An invite to another mesh than this node's is taken only by a node that was alone.
-        2. A name or address needs a membership, and that of this mesh.
-        3. `--mesh` names the mesh that is founded, or the one this node is in."""
-        wishes, mine = self._wishes, self._membership
-        other = next((i for i in wishes.invites if mine and i.mesh_id != mine.mesh_id), None)
-        if mine is not None and other is not None and self._store.had_others:  # 1
-            raise JoinRefused(
-                f"this node belongs to mesh `{mine.mesh_name}`; the invite is to "
-                f"`{other.mesh_name}`: run `meshd leave` first, or use another --data-dir"
-            )
-        if mine is None and not wishes.invites and (wishes.names or wishes.addresses):  # 2
-            wanted = (*wishes.names, *wishes.addresses)[0]
-            raise JoinRefused(
-                f"this node belongs to no mesh yet, so `--join {wanted}` cannot let it in: run "
-                "`meshd invite` on a member and start this node with the token it prints"
-            )
-        for name in wishes.names:
-            if mine is not None and not wishes.invites and name != mine.mesh_name:
-                raise JoinRefused(
-                    f"this node belongs to mesh `{mine.mesh_name}`, not to `{name}`: join that "
-                    "one with an invite and a --data-dir of its own, or `meshd leave` this one"
-                )
-        named = self._config.mesh
-        if (
-            mine is not None and named not in ("default", mine.mesh_name) and not wishes.invites
-        ):  # 3
-            raise BadConfig(
-                f"`mesh` is `{named}`, but this data directory belongs to mesh "
-                f"`{mine.mesh_name}`; leave --mesh out, or use another --data-dir",
-                param="mesh",
-            )
 
     # -- service ----------------------------------------------------------------------------------
 

@@ -1,8 +1,7 @@
 """A membership in action: gossip, links, adverts and the deny list of one mesh, put together.
 
 Frames come in from links, statements in them are checked, and what is left goes to the membership
-machine as events; its orders go out as frames. What is known of the others is published as
-`PeerView`s: at once when requests must go elsewhere, at most five times a second otherwise.
+machine as events; its orders go out as frames.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ from meshd.peers.handshake import statement_to_hello
 from meshd.peers.hello import Hello, Purpose, make_hello, parse_refusal
 from meshd.peers.linking import Linking, Spawn
 from meshd.peers.links import ControlLink
-from meshd.peers.picture import Standing, picture
 from meshd.peers.protocol import ALPN_RAW
 from meshd.peers.renewing import Renewing
+from meshd.peers.showing import AT_ONCE_S, SLOTS_S, Showing
 from meshd.peers.streams import OPEN_TIMEOUT_S, Open, Streams, begin
 from meshd.peers.swim import Swim
 from meshd.peers.telling import Telling
@@ -42,24 +41,16 @@ from meshd.peers.timing import LAN, WAN
 from meshd.peers.trust import Trust
 from meshd.peers.wire import KnownPeer
 from meshd.view import (
-    MeshState,
-    MeshView,
     PeerState,
-    PeerView,
     Role,
     Target,
     View,
-    with_peers,
 )
 
 log = logging.getLogger(__name__)
 
-QUIET_PUBLISH_S: Final = 0.2
-"""Least time between two views that differ in nothing requests depend on."""
 TICK_S: Final = 0.25
 SWEEP_S: Final = 1.0
-RTT_WEIGHT: Final = 0.2
-"""Of a new round trip in the smoothed one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +91,7 @@ class Session:
         self._closed = False
         self._boot = BootId(f"{needs.rng.getrandbits(64):016x}")
         self._statement = self._signed(starts << 20, starts << 20)
-        self._rtts_s: dict[NodeId, float] = {}
-        self._problem: PeerRefused | None = None
-        self._publish_timer: asyncio.TimerHandle | None = None
         self._look_timer: asyncio.TimerHandle | None = None
-        self._standings: dict[NodeId, Standing] = {}
-        self._names: dict[NodeId, str] = {}
         self._connector = Connector(trust.client_context, trust.authenticate)
         self.streams = Streams(needs.config.peers.max_streams)
         self.streams.offer({"api": self._serve_api})
@@ -134,7 +120,15 @@ class Session:
             clock=needs.clock,
             inflight=needs.inflight,
             newer=self._advert_is_newer,
-            changed=self._dirty,
+            changed=self._others_changed,
+        )
+        self._showing = Showing(
+            needs.board,
+            self.own,
+            needs.config.name,
+            lambda: self._swim.members,
+            self.telling.book,
+            lambda: trust.membership,
         )
         self.renewing = Renewing(trust, needs.clock, needs.rng.choice)
         self._unsubscribe = needs.board.subscribe(self._view_changed)
@@ -144,7 +138,7 @@ class Session:
     def start(self) -> None:
         self._driver.post(gossip.SelfStated(self._statement))
         self._view_changed(self._needs.board.current)
-        self._publish()
+        self._showing.publish()
         self._needs.spawn(self._ticks())
 
     def leave(self) -> None:
@@ -155,9 +149,9 @@ class Session:
     def close(self) -> None:
         self._closed = True
         self._unsubscribe()
-        for timer in (self._publish_timer, self._look_timer):
-            if timer is not None:
-                timer.cancel()
+        self._showing.close()
+        if self._look_timer is not None:
+            self._look_timer.cancel()
         self._driver.close()
         self.linking.close("leaving" if self._leaving else "closing")
         self.streams.cut()
@@ -205,7 +199,7 @@ class Session:
     def known_peers(self) -> tuple[KnownPeer, ...]:
         """The nodes that are alive, for a newcomer to begin with."""
         return tuple(
-            KnownPeer(node_id=node, name=self._names.get(node, node[:8]), addresses=m.addresses)
+            KnownPeer(node_id=node, name=self._showing.name_of(node), addresses=m.addresses)
             for node, m in self._swim.members.items()
             if m.state is PeerState.ALIVE and m.addresses
         )[:16]
@@ -214,7 +208,7 @@ class Session:
         """Keep where the others are for the next start."""
         await self.trust.remember(
             [
-                (node, self._names.get(node, node[:8]), member.addresses)
+                (node, self._showing.name_of(node), member.addresses)
                 for node, member in self._swim.members.items()
                 if member.state is not PeerState.LEFT
             ]
@@ -230,17 +224,18 @@ class Session:
 
     def denied(self, nodes: tuple[NodeId, ...], source: ControlLink | None = None) -> None:
         """`nodes` are on the deny list from now on: spread it, and have no more to do with them."""
-        frame = self.trust.denials_frame()
+        frames = list(self.trust.denials(nodes))
         for link in self.linking.links:
             if link is not source and link.remote.node not in nodes:
-                link.send(frame)
+                for frame in frames:
+                    link.send(frame)
         for node in nodes:
-            log.warning("node %s is on the deny list", self._names.get(node, node[:8]))
+            log.warning("node %s is on the deny list", self._showing.name_of(node))
             self.linking.drop(node)
             self.streams.cut(node)
             self.telling.forget(node)
             self._driver.post(gossip.NodeRevoked(node))
-        self._dirty(True)
+        self._showing.within(AT_ONCE_S)
 
     # -- listener's speakers ----------------------------------------------------------------------
 
@@ -251,7 +246,7 @@ class Session:
         if self.role is Role.CLIENT:
             raise PeerRefused("a client node serves no models", reason="no_service")
         try:
-            return self._needs.serve_api(self._names.get(node, node[:8]))
+            return self._needs.serve_api(self._showing.name_of(node))
         except MeshdError as error:
             raise PeerRefused(error.message, reason=error.code) from None
 
@@ -280,11 +275,10 @@ class Session:
     def link_came(self, link: ControlLink, statement: Alive) -> None:
         remote = link.remote
         log.info("link to %s (%s) at %s", remote.name, remote.node[:8], remote.address)
-        self._problem = None
+        self._showing.welcomed()
         self._driver.post(gossip.NodeMet(statement))
         self.telling.greet(link)
-        if self.trust.denied:
-            link.send(self.trust.denials_frame())
+        link.send(self.trust.denials_digest())
 
     def link_went(self, link: ControlLink, broke: bool) -> None:
         remote = link.remote
@@ -306,6 +300,10 @@ class Session:
                 case "deny":
                     entries = denylist.from_wire(frame.get("entries"))
                     self._needs.spawn(self._denials_came(link, entries))
+                case "denied":
+                    if frame != self.trust.denials_digest():
+                        for entries_frame in self.trust.denials():
+                            link.send(entries_frame)
                 case "renew" | "renewed":
                     self._needs.spawn(self.renewing.frame_came(link, frame))
                 case "refused":
@@ -327,10 +325,7 @@ class Session:
         self._driver.post(gossip.DialRefused(node))
 
     def refused(self, error: PeerRefused, theirs: str) -> None:
-        if self._problem is None or self._problem.message != error.message:
-            log.warning("%s: %s", theirs, error.message)
-        self._problem = error
-        self._dirty(True)
+        self._showing.refused(error, theirs)
 
     def believed_alive(self, node: NodeId) -> tuple[str, ...]:
         member = self._swim.members.get(node)
@@ -352,9 +347,7 @@ class Session:
             case gossip.AdvertNewer():
                 self.telling.want(effect.node, effect.version, effect.source)
             case gossip.RoundTrip():
-                before = self._rtts_s.get(effect.node, effect.seconds)
-                self._rtts_s[effect.node] = before + RTT_WEIGHT * (effect.seconds - before)
-                self._dirty(False)
+                self._showing.round_trip(effect.node, effect.seconds)
             case gossip.SelfImpersonated():
                 log.warning(
                     "somebody else speaks with this node's key (a copied data directory?); stop "
@@ -364,19 +357,19 @@ class Session:
                 assert_never(effect)
 
     def _member_changed(self, change: gossip.MemberChanged) -> None:
-        name = self._names.get(change.node, change.node[:8])
+        name = self._showing.name_of(change.node)
         log.info(
             "node %s: %s -> %s (%s)",
             name, change.old or "unknown", change.new or "forgotten", change.why,
         )  # fmt: skip
         if change.new is None:
             self.telling.forget(change.node)
-            self._rtts_s.pop(change.node, None)
+            self._showing.forget(change.node)
         elif change.new is PeerState.ALIVE and change.old is None:
             self._needs.spawn(self.remember())
         elif change.new is PeerState.DEAD:
             self.linking.abandon(change.node)
-        self._dirty(True)
+        self._showing.within(AT_ONCE_S)
 
     # -- statements of our own --------------------------------------------------------------------
 
@@ -419,50 +412,9 @@ class Session:
         if again_s is not None:
             self._look_timer = asyncio.get_running_loop().call_later(again_s, self._look_again)
 
+    def _others_changed(self, urgent: bool) -> None:
+        self._showing.within(AT_ONCE_S if urgent else SLOTS_S)
+
     def _look_again(self) -> None:
         self._look_timer = None
         self._view_changed(self._needs.board.current)
-
-    def _dirty(self, urgent: bool) -> None:
-        if self._closed:
-            return
-        if self._publish_timer is not None:
-            if not urgent:
-                return
-            self._publish_timer.cancel()
-        loop = asyncio.get_running_loop()
-        delay_s = 0.0 if urgent else QUIET_PUBLISH_S
-        self._publish_timer = loop.call_later(delay_s, self._publish)
-
-    def _publish(self) -> None:
-        self._publish_timer = None
-        members = self._swim.members
-        standings = {n: Standing(m.state, m.addresses) for n, m in members.items()}
-        own_name, peers = picture(
-            standings, self.telling.book, self._rtts_s, self.own, self._needs.config.name
-        )
-        self._names = {p.id: p.name for p in peers}
-        self._names[self.own] = own_name
-        publish(self._needs.board, own_name, self._mesh_view(peers), peers)
-
-    def _mesh_view(self, peers: tuple[PeerView, ...]) -> MeshView:
-        membership, problem = self.trust.membership, self._problem
-        alone = not any(p.state is PeerState.ALIVE for p in peers)
-        refused = problem is not None and alone
-        return MeshView(
-            id=membership.mesh_id,
-            name=membership.mesh_name,
-            state=MeshState.REFUSED if refused else MeshState.MEMBER,
-            reason=problem.message if problem is not None and refused else None,
-            issuer=membership.issuer,
-        )
-
-
-def publish(board: Board[View], own_name: str, mesh: MeshView, peers: tuple[PeerView, ...]) -> None:
-    """Replace what the view says of mesh, peers and this node's name."""
-    view = replace(board.current, mesh=mesh)
-    if view.node.name != own_name:
-        view = replace(view, node=replace(view.node, name=own_name))
-    if view.peers != peers:
-        view = with_peers(view, peers)
-    board.publish(view)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 from meshd.ids import NodeId
@@ -17,7 +17,7 @@ from meshd.kernel import Pool
 from meshd.peers import signing, tls
 from meshd.peers.certificates import PeerCertificate
 from meshd.peers.credentials import MeshStore, needs_renewal
-from meshd.peers.denylist import DenyEntry, DenyList
+from meshd.peers.denylist import MAX_MESSAGE_ENTRIES, DenyEntry, DenyList
 from meshd.peers.gossip import Alive
 from meshd.peers.identity import Identity
 from meshd.peers.membership import Membership, authenticate
@@ -79,8 +79,16 @@ class Trust:
 
     # -- the deny list ----------------------------------------------------------------------------
 
-    def denials_frame(self) -> dict[str, Any]:
-        return {"t": "deny", "entries": self.denied.to_wire()}
+    def denials_digest(self) -> dict[str, Any]:
+        """The frame that tells whether two nodes have the same list."""
+        return {"t": "denied", "digest": self.denied.digest()}
+
+    def denials(self, nodes: Container[str] | None = None) -> Iterator[dict[str, Any]]:
+        """Frames with the entries of those nodes, or all; each of a bounded size."""
+        entries = [e for e in self.denied.entries if nodes is None or e.node in nodes]
+        for start in range(0, len(entries), MAX_MESSAGE_ENTRIES):
+            chunk = entries[start : start + MAX_MESSAGE_ENTRIES]
+            yield {"t": "deny", "entries": [entry.to_wire() for entry in chunk]}
 
     async def merge(self, entries: tuple[DenyEntry, ...]) -> tuple[NodeId, ...]:
         """The nodes that are denied by them and were not before. Raises ProtocolError."""

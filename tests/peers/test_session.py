@@ -19,6 +19,7 @@ from meshd.kernel import Pool
 from meshd.peers.codec import message_to_wire
 from meshd.peers.frames import frame
 from meshd.peers.gossip import Dead, Gossip
+from meshd.peers.links import ControlLink
 from meshd.peers.protocol import ALPN_CTL, ALPN_RAW
 from meshd.view import MeshState, NodeState, PeerState, Role
 from tests.peers.station import EchoBack, Station
@@ -68,6 +69,13 @@ def all_alive(at: Station, others: list[Station]) -> bool:
 
 def links(at: Station) -> int:
     return len(at.session.linking.links)
+
+
+async def link_from(at: Station, other: Station) -> ControlLink:
+    async with asyncio.timeout(10):
+        while (link := at.session.linking.links.get(other.id)) is None:
+            await asyncio.sleep(0.02)
+    return link
 
 
 def unknown(at: Station, other: Station) -> bool:
@@ -184,6 +192,22 @@ async def test_a_revoked_node_loses_its_links_and_cannot_come_back(
     await again.stop()
 
 
+async def test_denials_older_than_the_link_arrive_with_it(make: Maker) -> None:
+    a = await make("a")
+    b = await make("b", a)
+    lost = NodeId("c" * 51 + "a")
+    await a.session.trust.deny(lost)
+    c = await make("c", a)
+    async with asyncio.timeout(10):
+        while lost not in c.session.trust.denied:  # noqa: ASYNC110  (no view tells of it)
+            await asyncio.sleep(0.02)
+    assert lost not in b.session.trust.denied  # it was not told, and its link is older
+    a.session.denied((lost,))
+    async with asyncio.timeout(10):
+        while lost not in b.session.trust.denied:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+
 async def test_a_copied_data_directory_is_refused_with_words(make: Maker, tmp_path: Path) -> None:
     a = await make("a")
     b = await make("b", a)
@@ -220,8 +244,7 @@ async def test_a_death_that_is_a_lie_is_refuted(make: Maker) -> None:
     b, c = await make("b", a), await make("c", a)
     await all_see_all(a, b, c)
     member = a.session._swim.members[c.id]
-    link = b.session.linking.links.get(a.id)
-    assert link is not None
+    link = await link_from(b, a)
     link.send(message_to_wire(Gossip((Dead(c.id, member.incarnation, b.id),))))
     await a.until(
         lambda: a.session._swim.members[c.id].incarnation > member.incarnation, "refutation"
@@ -235,8 +258,7 @@ async def test_a_false_statement_of_another_is_dropped(make: Maker) -> None:
     await all_see_all(a, b, c)
     genuine = c.session._statement
     forged = replace(genuine, incarnation=genuine.incarnation + 5, left=True)
-    link = b.session.linking.links.get(a.id)
-    assert link is not None
+    link = await link_from(b, a)
     link.send(message_to_wire(Gossip((forged,))))
     link.send({"t": "echo", "n": 1})
     await asyncio.sleep(0.2)
