@@ -187,16 +187,16 @@ def test_load_spreads_over_both(hosts: tuple[MeshNode, MeshNode, MeshNode]) -> N
     lock = threading.Lock()
 
     def ask() -> None:
-        body = _long_chat(max_tokens=200)
+        body = _long_chat(max_tokens=40)
         status, headers, _ = c.request("POST", "/v1/chat/completions", body)
         assert status == 200
         with lock:
             nodes.append(headers["x-meshd-node"])
 
     with ThreadPoolExecutor(8) as pool:
-        for done in [pool.submit(ask) for _ in range(40)]:
+        for done in [pool.submit(ask) for _ in range(32)]:
             done.result()
-    assert min(nodes.count("a"), nodes.count("b")) >= 10
+    assert min(nodes.count("a"), nodes.count("b")) >= 8
 
 
 # -- steps ----------------------------------------------------------------------------------------

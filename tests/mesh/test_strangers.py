@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import itertools
+import random
 import socket
 import ssl
 import time
@@ -44,23 +45,19 @@ def all_of(made: socket.socket) -> bytes:
     return found
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
+def test_what_is_no_tls_gets_nothing(lan: Lan) -> None:
+    a, b = lan.mesh("a", "b")
+    stranger = lan.network.add("stranger")
+    noise = [
         b"GET / HTTP/1.1\r\nHost: a\r\n\r\n",
         b"\x00" * 4096,
         b"\xff" * 4096,
-        b"\x16\x03\x01\x40\x00" + b"\x01" * 0x3FFF,
-        os.urandom(70_000),
-    ],
-    ids=["http", "zeros", "ones", "client hello", "noise"],
-)
-def test_what_is_no_tls_gets_nothing(lan: Lan, words: bytes) -> None:
-    a, b = lan.mesh("a", "b")
-    stranger = lan.network.add("stranger")
+        b"\x16\x03\x01\x40\x00" + b"\x01" * 0x3FFF,  # a client hello without an end
+        random.Random(1).randbytes(70_000),
+    ]
     with ExitStack() as stack:
-        made = [stack.enter_context(connection(stranger, a)) for _ in range(20)]
-        for one in made:
+        made = [stack.enter_context(connection(stranger, a)) for _ in range(10 * len(noise))]
+        for one, words in zip(made, itertools.cycle(noise), strict=False):
             with suppress(OSError):  # it has heard enough
                 one.sendall(words)
         for one in made:
@@ -92,21 +89,20 @@ def test_silent_strangers_hold_nobody_up(lan: Lan) -> None:
             made.close()
 
 
-@pytest.mark.parametrize("alpn", [ALPN_CTL, ALPN_RAW, "http/1.1", None])
-def test_without_a_certificate_nothing_but_joining_answers(lan: Lan, alpn: str | None) -> None:
+def test_without_a_certificate_nothing_but_joining_answers(lan: Lan) -> None:
     a, _b = lan.mesh("a", "b")
-    context = _anybody(alpn)
     stranger = lan.network.add("stranger")
-    with connection(stranger, a) as plain:
-        try:
-            with context.wrap_socket(plain) as made:
-                made.sendall(frame({"t": "hello", "purpose": "doctor"}))
-                assert all_of(made) == b""
-        except ssl.SSLError:
-            pass  # refused in the handshake already
+    for alpn in (ALPN_CTL, ALPN_RAW, "http/1.1", None):
+        # Refused in the handshake, or closed without a word after it.
+        with (
+            connection(stranger, a) as plain,
+            suppress(ssl.SSLError),
+            _anybody(alpn).wrap_socket(plain) as made,
+        ):
+            made.sendall(frame({"t": "hello", "purpose": "doctor"}))
+            assert all_of(made) == b"", alpn
     with connection(stranger, a) as plain, _anybody(ALPN_JOIN).wrap_socket(plain) as made:
-        first = _first_frame(made)
-    assert first["mesh"] == a.mesh["id"]
+        assert _first_frame(made)["mesh"] == a.mesh["id"]
 
 
 def test_a_certificate_of_another_mesh_opens_nothing(lan: Lan) -> None:
@@ -176,9 +172,10 @@ def test_one_that_was_off_during_the_revocation_learns_of_it_first(lan: Lan) -> 
     b.start()
     lan.wait_whole(a, b)
     assert a.stop() == 0
-    with pytest.raises(AssertionError, match="not within"):
-        lan.until(lambda: b.sees("c") == "alive", timeout_s=3, what="c gets in through b")
-    assert not _linked(c, [b])
+    until = time.monotonic() + 3
+    while time.monotonic() < until:
+        assert b.sees("c") != "alive"
+        assert not _linked(c, [b])
 
 
 def test_only_an_issuer_revokes(lan: Lan) -> None:
