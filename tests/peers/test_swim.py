@@ -381,6 +381,17 @@ def test_a_refusal_alone_is_a_suspicion_of_ordinary_length() -> None:
     assert run.state(A) is PeerState.DEAD
 
 
+def test_the_fewer_can_help_the_more_often_a_suspect_is_tried() -> None:
+    def tries(*others: NodeId) -> int:
+        run = Run(A, *others)
+        run.answering = set(others)
+        run.do(LinkLost(A))
+        return len(sent(run.until(1.0), A))
+
+    assert tries(B, C, D) == pytest.approx(1.0 / LAN.reprobe_interval_s, abs=1)
+    assert tries() >= 3 * tries(B, C, D)
+
+
 def test_signs_of_life_postpone_the_verdict_but_end_no_suspicion() -> None:
     run = Run(A, B)
     run.do(LinkLost(A))
