@@ -155,7 +155,7 @@ def test_a_revoked_node_is_out_at_once_and_for_good(lan: Lan) -> None:
         node.start()
     lan.wait_whole(a, b)
     lan.until(lambda: c.mesh["state"] == "refused", timeout_s=15, what="c knows again")
-    assert not _linked(c, [a, b])
+    assert (a.sees("c"), b.sees("c")) == (None, None)
 
     # A new invite does not let the same key in; the reason is said.
     assert c.stop() == 0
@@ -175,7 +175,7 @@ def test_one_that_was_off_during_the_revocation_learns_of_it_first(lan: Lan) -> 
     until = time.monotonic() + 3
     while time.monotonic() < until:
         assert b.sees("c") != "alive"
-        assert not _linked(c, [b])
+    assert c.sees("b") != "alive"
 
 
 def test_only_an_issuer_revokes(lan: Lan) -> None:
