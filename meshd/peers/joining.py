@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import logging
 import secrets
-import ssl
 import time
 from collections.abc import Iterable
 from typing import Any, Final
@@ -116,7 +115,7 @@ async def _dial(address: str) -> FrameChannel:
         )
     except ConnectionRefusedError:
         raise PeerUnreachable(f"{address}: nobody listens there") from None
-    except (OSError, ssl.SSLError) as error:
+    except (OSError, ValueError) as error:  # ValueError: a host that is no name at all
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise PeerUnreachable(f"{address}: {why}") from None
     return channel

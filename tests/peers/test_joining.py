@@ -322,9 +322,12 @@ async def test_nobody_listens(a: Reception, b: Newcomer) -> None:
     assert f"{address}: nobody listens there" in said
 
 
-async def test_a_name_that_is_none(a: Reception, b: Newcomer) -> None:
-    said = await unreachable(b, a.invite(addresses=("no-such-host.invalid:9338",)))
-    assert "no-such-host.invalid:9338: " in said
+@pytest.mark.parametrize("host", ["a..b", "x" * 64, "."])
+async def test_a_host_that_can_be_none(a: Reception, b: Newcomer, host: str) -> None:
+    """Refused before any name server is asked."""
+    address = f"{host}:9338"
+    assert f"{address}: " in await unreachable(b, a.invite(addresses=(address,)))
+    await b.join(a.invite(addresses=(address, a.address)))
 
 
 async def test_too_many_at_once(a: Reception, b: Newcomer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -541,9 +544,16 @@ async def test_a_member_that_gives_what_was_not_asked_for(
 
 
 async def test_a_call_that_is_given_up_leaves_no_task(a: Reception, b: Newcomer) -> None:
-    async with somebody(a.context, never) as address:
-        asking = asyncio.create_task(b.ask(a.invite(addresses=(address,) * 3)))
-        await asyncio.sleep(0.05)
+    reached = asyncio.Event()
+
+    async def speak(channel: FrameChannel) -> None:
+        reached.set()
+        await channel.closed.wait()
+
+    async with somebody(a.context, speak) as address:
+        asking = asyncio.create_task(b.ask(a.invite(addresses=(address, "127.0.0.1:1"))))
+        async with asyncio.timeout(5):
+            await reached.wait()
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
