@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, Final, Protocol
 
 from meshd.config import Config
@@ -33,10 +33,11 @@ from meshd.peers.invites import Invite, encode_invite
 from meshd.peers.join_desk import JoinDesk
 from meshd.peers.joining import join
 from meshd.peers.listener import PeerListener, Speakers
-from meshd.peers.membership import Membership
+from meshd.peers.membership import Grant, Membership
 from meshd.peers.naming import resolve_node
 from meshd.peers.session import Needs, Session
 from meshd.peers.showing import publish
+from meshd.peers.sightings import Sightings
 from meshd.peers.trust import Trust
 from meshd.peers.wire import KnownPeer
 from meshd.peers.wishes import Wishes, check_wishes, read_wishes
@@ -97,7 +98,7 @@ class MeshService(Service):
         self._wishes = Wishes((), (), ())
         self._membership: Membership | None = None
         self._session: Session | None = None
-        self._found_on_lan: dict[tuple[MeshId, str], tuple[str, ...]] = {}
+        self._sightings = Sightings()
         self._addresses: tuple[str, ...] = ()
         self._invites: InviteBook | None = None
         self._lifetime: set[asyncio.Task[None]] = set()
@@ -174,13 +175,7 @@ class MeshService(Service):
                 if number in refused:
                     continue
                 try:
-                    grant = await join(
-                        invite,
-                        self._identity,
-                        self._config.name,
-                        timeout_s=JOIN_TIMEOUT_S,
-                        also=self._seen_on_lan(invite.mesh_id),
-                    )
+                    grant = await self._ask(invite)
                     membership = await self._pool.run(self._store.install, grant)
                 except JoinRefused as error:
                     refused[number] = error
@@ -193,14 +188,19 @@ class MeshService(Service):
                     return
             if len(refused) == len(invites):
                 raise next(iter(refused.values()))
-            await asyncio.sleep(pause_s * (0.5 + self._needs.rng.random()))
+            # Discovery looks for one mesh at a time: that of the first invite.
+            await self._sightings.pause(
+                invites[0].mesh_id, pause_s * (0.5 + self._needs.rng.random())
+            )
             pause_s = min(JOIN_RETRY_MAX_S, 2 * pause_s)
 
-    def _seen_on_lan(self, mesh: MeshId) -> tuple[str, ...]:
-        seen = [
-            a for (m, _), addresses in self._found_on_lan.items() if m == mesh for a in addresses
-        ]
-        return tuple(dict.fromkeys(seen))[:8]
+    async def _ask(self, invite: Invite) -> Grant:
+        def attempt(also: tuple[str, ...]) -> Coroutine[None, None, Grant]:
+            return join(
+                invite, self._identity, self._config.name, timeout_s=JOIN_TIMEOUT_S, also=also
+            )
+
+        return await self._sightings.heeding(invite.mesh_id, attempt)
 
     # -- being a member ---------------------------------------------------------------------------
 
@@ -223,8 +223,8 @@ class MeshService(Service):
         for peer in await self._pool.run(self._store.remembered):
             for address in peer.addresses:
                 session.linking.propose(address)
-        for found, addresses in self._found_on_lan.items():
-            self._propose(found[0], NodeId(found[1]), addresses)
+        for sighting in self._sightings:
+            self._propose(*sighting)
         self._tell_discovery()
         self._lifetime.add(self.spawn(self._look_after(session), name="look after"))
 
@@ -301,8 +301,7 @@ class MeshService(Service):
         self, node: NodeId, mesh: MeshId, mesh_name: str, addresses: tuple[str, ...]
     ) -> None:
         """Discovery saw a node. It only proposes."""
-        if len(self._found_on_lan) < 256 or (mesh, node) in self._found_on_lan:
-            self._found_on_lan[mesh, node] = addresses
+        self._sightings.add(mesh, node, addresses)
         self._propose(mesh, node, addresses)
 
     def _propose(self, mesh: MeshId, node: NodeId, addresses: tuple[str, ...]) -> None:
