@@ -62,10 +62,11 @@ class Suspicion:
         self.refused_at = None
 
     def refuse(self, now: float) -> bool:
-        """A dial was refused; whether that settles it: a second dial after a broken link."""
+        """A dial was refused; whether that settles it: it was declared dead, or this is the second
+        dial after a broken link."""
         if self.refused_at is None:
             self.refused_at = now
-            return False
+            return self._confirmed
         # Dials to several addresses of one node are one refusal.
         settled = now - self.refused_at >= 0.4 * self._timing.refused_confirm_s
         return self.link_lost and settled

@@ -288,6 +288,13 @@ def test_a_death_nobody_suspected_is_verified_in_the_least_time() -> None:
     assert run.state(A) is PeerState.DEAD
 
 
+def test_a_death_nobody_suspected_is_believed_when_a_dial_is_refused() -> None:
+    run = Run(A, B)
+    run.do(heard(B, Dead(A, FIRST, B)))
+    effects = run.do(DialRefused(A))
+    assert MemberChanged(A, PeerState.SUSPECT, PeerState.DEAD, Why.REFUSED) in effects
+
+
 def test_who_only_heard_of_a_suspicion_leaves_it_to_others_then_looks_itself() -> None:
     run = Run(A, B)
     run.until_sent(Ping, B)
