@@ -163,7 +163,7 @@ class Lan:
             engine_dir or self._engine_dir,
             *(() if mdns else ("--no-mdns",)),
             *flags,
-            **environ,
+            **{**_SMALL_ENGINES, **environ},
         )
         self._nodes.append(node)
         return node
@@ -227,6 +227,10 @@ class Lan:
 
 
 Nodes = tuple[MeshNode, ...]
+
+_SMALL_ENGINES = {"MESHD_ENGINE__THREADS": "1"}
+"""Several engines share a few cores here: threads that spin while they wait for each other would
+hold all of them up for seconds."""
 
 
 def _outcome(node: MeshNode) -> str:
