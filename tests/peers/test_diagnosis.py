@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -141,8 +141,7 @@ async def answering(answer: bytes) -> AsyncIterator[str]:
 
     class Raw(asyncio.Protocol):
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
-            assert isinstance(transport, asyncio.Transport)
-            connections.append(transport)
+            connections.append(cast("asyncio.Transport", transport))
 
         def data_received(self, data: bytes) -> None:
             connections[-1].write(answer)
