@@ -89,6 +89,7 @@ class Session:
         self._needs = needs
         self._leaving = False
         self._closed = False
+        self._had_company = False
         self._boot = BootId(f"{needs.rng.getrandbits(64):016x}")
         self._statement = self._signed(starts << 20, starts << 20)
         self._look_timer: asyncio.TimerHandle | None = None
@@ -365,7 +366,10 @@ class Session:
         if change.new is None:
             self.telling.forget(change.node)
             self._showing.forget(change.node)
-        elif change.new is PeerState.ALIVE and change.old is None:
+        elif change.new is PeerState.ALIVE and not self._had_company:
+            # The first one is kept at once, the others now and then: a crowd that arrives together
+            # would be a write to the disk for each pair of nodes.
+            self._had_company = True
             self._needs.spawn(self.remember())
         elif change.new is PeerState.DEAD:
             self.linking.abandon(change.node)
