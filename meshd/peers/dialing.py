@@ -63,6 +63,8 @@ class DialFailed:
     address: str
     for_good: bool = False
     """It is this node's own address, or the node there refused this one: do not try it again."""
+    refused: bool = False
+    """The machine answered that nobody listens there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,17 @@ class Dial:
     """Who must answer there; None for a seed."""
 
 
+@dataclass(frozen=True, slots=True)
+class NobodyListens:
+    """Every address `node` was called at answered that nobody listens: one that did so alone may
+    be somebody else's."""
+
+    node: NodeId
+
+
+Effect: TypeAlias = Dial | NobodyListens
+
+
 @dataclass(slots=True)
 class _Seed:
     asked: bool
@@ -101,6 +114,7 @@ class _Seed:
 class _Call:
     waiting: list[str]
     current: str | None = None
+    all_refused: bool = True
     rest_until: float = 0.0
 
 
@@ -114,7 +128,8 @@ class Dialing:
     _dialling: dict[str, NodeId | None] = field(default_factory=dict)
     _linked: set[NodeId] = field(default_factory=set)
 
-    def handle(self, event: Event, now: float) -> Sequence[Dial]:
+    def handle(self, event: Event, now: float) -> Sequence[Effect]:
+        ended: list[Effect] = []
         match event:
             case Proposed():
                 self._propose(event, now)
@@ -123,7 +138,7 @@ class Dialing:
             case DialSucceeded():
                 self._succeeded(event)
             case DialFailed():
-                self._failed(event, now)
+                ended = self._failed(event, now)
             case LinkCame():
                 self._linked.add(event.node)
                 self._calls.pop(event.node, None)
@@ -133,7 +148,7 @@ class Dialing:
                 pass
             case _:
                 assert_never(event)
-        return self._start(now)
+        return [*ended, *self._start(now)]
 
     def due(self) -> float | None:
         if len(self._dialling) >= self.parallel:
@@ -171,6 +186,7 @@ class Dialing:
             call = self._calls[event.node] = _Call([])
         if call.current is None and not call.waiting and now >= call.rest_until:
             call.waiting = list(event.addresses)
+            call.all_refused = True
 
     def _succeeded(self, event: DialSucceeded) -> None:
         self._dialling.pop(event.address, None)
@@ -180,7 +196,7 @@ class Dialing:
         self._linked.add(event.node)
         self._calls.pop(event.node, None)
 
-    def _failed(self, event: DialFailed, now: float) -> None:
+    def _failed(self, event: DialFailed, now: float) -> list[Effect]:
         expected = self._dialling.pop(event.address, None)
         seed = self._seeds.get(event.address)
         if seed is not None:
@@ -190,10 +206,14 @@ class Dialing:
                 seed.next_at = now + (RETRY_MAX_S if self._linked else seed.pause_s)
                 seed.pause_s = min(RETRY_MAX_S, 2 * seed.pause_s)
         call = self._calls.get(expected) if expected is not None else None
-        if call is not None:
-            call.current = None
-            if not call.waiting:
-                call.rest_until = now + CALL_PAUSE_S
+        if call is None or expected is None:
+            return []
+        call.current = None
+        call.all_refused = call.all_refused and event.refused
+        if call.waiting:
+            return []
+        call.rest_until = now + CALL_PAUSE_S
+        return [NobodyListens(expected)] if call.all_refused else []
 
     def _went(self, node: NodeId, now: float) -> None:
         self._linked.discard(node)
@@ -201,8 +221,8 @@ class Dialing:
             if seed.reached == node:
                 seed.reached, seed.next_at = None, now + RETRY_MIN_S
 
-    def _start(self, now: float) -> list[Dial]:
-        dials: list[Dial] = []
+    def _start(self, now: float) -> list[Effect]:
+        dials: list[Effect] = []
         for node, call in self._calls.items():  # 2
             while call.current is None and call.waiting and self._room():
                 address = call.waiting.pop(0)

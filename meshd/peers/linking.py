@@ -12,7 +12,7 @@ import itertools
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, assert_never
 
 from meshd.errors import MeshdError, PeerRefused, ProtocolError
 from meshd.ids import BootId, NodeId
@@ -28,8 +28,10 @@ from meshd.peers.dialing import (
     DialSucceeded,
     LinkCame,
     LinkWent,
+    NobodyListens,
     Proposed,
 )
+from meshd.peers.dialing import Effect as DialEffect
 from meshd.peers.dialing import Event as DialEvent
 from meshd.peers.frames import JOIN_LIMIT
 from meshd.peers.gossip import Alive
@@ -98,8 +100,8 @@ class Linking:
         self._max_links = max_links
         self._clock = clock
         self._spawn = spawn
-        self._driver: Driver[DialEvent, Dial] = Driver(
-            "dialing", Dialing(), self._start_dial, clock=clock, recorder=recorder
+        self._driver: Driver[DialEvent, DialEffect] = Driver(
+            "dialing", Dialing(), self._obey, clock=clock, recorder=recorder
         )
         self._boots: OrderedDict[NodeId, BootId] = OrderedDict()
         self._pending: dict[NodeId, list[dict[str, Any]]] = {}
@@ -168,8 +170,14 @@ class Linking:
 
     # -- dials ------------------------------------------------------------------------------------
 
-    def _start_dial(self, order: Dial) -> None:
-        self._spawn(self._dial(order))
+    def _obey(self, order: DialEffect) -> None:
+        match order:
+            case Dial():
+                self._spawn(self._dial(order))
+            case NobodyListens():
+                self._listener.dial_refused(order.node)
+            case _:
+                assert_never(order)
 
     async def _dial(self, order: Dial) -> None:
         address, node = order.address, order.expected
@@ -180,9 +188,7 @@ class Linking:
             log.debug("%s: no answer within %.0f s", address, self._dial_timeout_s)
             self._failed(order)
         except ConnectionRefused:
-            self._failed(order)
-            if node is not None:
-                self._listener.dial_refused(node)
+            self._failed(order, refused=True)
         except PeerRefused as error:
             self._dial_was_refused(order, error)
         except MeshdError as error:
@@ -217,10 +223,10 @@ class Linking:
             self._failed(order)
             self._listener.refused(error, order.address)
 
-    def _failed(self, order: Dial, *, for_good: bool = False) -> None:
+    def _failed(self, order: Dial, *, for_good: bool = False, refused: bool = False) -> None:
         if order.expected is not None:
             self._pending.pop(order.expected, None)
-        self._driver.post(DialFailed(order.address, for_good))
+        self._driver.post(DialFailed(order.address, for_good, refused))
 
     # -- both -------------------------------------------------------------------------------------
 

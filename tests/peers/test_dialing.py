@@ -20,6 +20,7 @@ from meshd.peers.dialing import (
     Event,
     LinkCame,
     LinkWent,
+    NobodyListens,
     Proposed,
 )
 
@@ -77,6 +78,24 @@ def test_a_call_tries_address_after_address_once() -> None:
     assert dialing.handle(DialFailed("h:2"), 0.3) == []
     assert dialing.handle(Called(A, ("h:1",)), 0.3 + CALL_PAUSE_S / 2) == []
     assert dialing.handle(Called(A, ("h:1",)), 0.3 + CALL_PAUSE_S) == [Dial("h:1", A)]
+
+
+def test_nobody_listens_only_where_every_address_says_so() -> None:
+    dialing = Dialing()
+    dialing.handle(Called(A, ("h:1", "h:2")), 0.0)
+    assert dialing.handle(DialFailed("h:1"), 0.1) == [Dial("h:2", A)]  # no answer
+    assert dialing.handle(DialFailed("h:2", refused=True), 0.2) == []
+    dialing.handle(Called(A, ("h:1", "h:2")), 1.0)
+    assert dialing.handle(DialFailed("h:1", refused=True), 1.1) == [Dial("h:2", A)]
+    assert dialing.handle(DialFailed("h:2", refused=True), 1.2) == [NobodyListens(A)]
+    dialing.handle(Called(A, ("h:1",)), 2.0)
+    assert dialing.handle(DialFailed("h:1"), 2.1) == []
+
+
+def test_a_seed_that_refuses_says_nothing_of_a_node() -> None:
+    dialing = Dialing()
+    dialing.handle(Proposed("h:1"), 0.0)
+    assert dialing.handle(DialFailed("h:1", refused=True), 0.1) == []
 
 
 def test_a_node_with_a_link_is_not_called() -> None:
@@ -148,7 +167,7 @@ def test_any_order_keeps_to_the_bounds(steps: list[tuple[Event, float, bool, Nod
                 else DialFailed(done.address)
             )
             orders += dialing.handle(ended, now)
-        running += orders
+        running += [order for order in orders if isinstance(order, Dial)]
         assert len(running) <= 2
         assert len({d.address for d in running}) == len(running)
         due = dialing.due()
