@@ -140,7 +140,12 @@ def invite_from(data_dir: Path, *, uses: int) -> str:
 
 
 def until_each(
-    nodes: Collection[Node], seen: Callable[[Node, Peers], bool], *, limit_s: float, what: str
+    nodes: Collection[Node],
+    seen: Callable[[Node, Peers], bool],
+    *,
+    limit_s: float,
+    what: str,
+    poll_s: float = POLL_S,
 ) -> float:
     """The moment at which the last of `nodes` had once listed what `seen` asks for.
 
@@ -159,14 +164,17 @@ def until_each(
         if now > deadline:
             told = "\n".join(f"{node.log()}\n{node.peers()}" for node in waiting)
             raise BenchError(f"not within {limit_s:g} s: {what}\n{told}")
-        time.sleep(POLL_S)
+        time.sleep(poll_s)
 
 
-def until_whole(nodes: Collection[Node], *, limit_s: float = START_LIMIT_S) -> float:
+def until_whole(
+    nodes: Collection[Node], *, limit_s: float = START_LIMIT_S, poll_s: float = POLL_S
+) -> float:
     """The moment at which each had listed all others as alive."""
     names = {n.name for n in nodes}
 
     def whole(node: Node, peers: Peers) -> bool:
         return names - {node.name} <= {name for name, state in peers.items() if state == "alive"}
 
-    return until_each(nodes, whole, limit_s=limit_s, what=f"one mesh of {len(nodes)}")
+    what = f"one mesh of {len(nodes)}"
+    return until_each(nodes, whole, limit_s=limit_s, what=what, poll_s=poll_s)

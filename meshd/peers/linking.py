@@ -141,14 +141,20 @@ class Linking:
             link.send({"t": "refused", "reason": "denied", "message": _DENIED})
             self._part(link, "denied")
 
-    def abandon(self, node: NodeId) -> None:
-        """End a link that answers nothing any more: the next frame to the node dials a fresh one.
+    def doubt(self, node: NodeId) -> None:
+        """The node is held dead: end its link unless it answers, so that the next frame to it dials
+        a fresh one.
 
-        TCP would go on with the old one, at ever longer intervals, for a quarter of an hour; and
-        while it stands at either end no other can take its place.
+        TCP would go on with a silent link, at ever longer intervals, for a quarter of an hour; and
+        while it stands at either end no other can take its place. One that answers stays: the
+        death was an error, and many new handshakes would feed what caused it.
         """
         link = self.links.get(node)
         if link is not None:
+            self._spawn(self.end_if_silent(link))
+
+    async def end_if_silent(self, link: ControlLink) -> None:
+        if not await self._answers(link) and self.links.get(link.remote.node) is link:
             self._part(link, "silent")
 
     # -- arrivals ---------------------------------------------------------------------------------

@@ -372,7 +372,7 @@ class Session:
             self._had_company = True
             self._needs.spawn(self.remember())
         elif change.new is PeerState.DEAD:
-            self.linking.abandon(change.node)
+            self.linking.doubt(change.node)
         self._showing.within(AT_ONCE_S)
 
     # -- statements of our own --------------------------------------------------------------------

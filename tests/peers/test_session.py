@@ -305,3 +305,20 @@ async def test_the_number_of_links_is_bounded(make: Maker) -> None:
     await all_see_all(a, *others)
     assert len(a.session.linking.links) <= 4
     assert NodeId(others[0].id) in a.session._swim.members
+
+
+async def test_a_doubted_link_stays_if_it_answers_and_is_replaced_if_not(make: Maker) -> None:
+    a = await make("a")
+    b = await make("b", a)
+    await all_see_all(a, b)
+    old, there = await link_from(a, b), await link_from(b, a)
+    await a.session.linking.end_if_silent(old)
+    assert await link_from(a, b) is old
+    # From now on b takes nothing from this connection, and nobody tells a.
+    assert there.transport is not None
+    there.transport.pause_reading()
+    a.session.linking.doubt(b.id)
+    await a.until(lambda: a.session.linking.links.get(b.id) is not old, "the silent link ended")
+    there.drop()
+    await all_see_all(a, b)
+    assert await link_from(a, b) is not old
