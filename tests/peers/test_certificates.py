@@ -183,13 +183,19 @@ def test_other_requests_are_refused() -> None:
             HOME.sign(request, Role.MEMBER, NOW)
 
 
+def as_pem(request: bytes) -> bytes:
+    kind = b"CERTIFICATE REQUEST-----"
+    return b"-----BEGIN %s\n%s-----END %s\n" % (kind, base64.encodebytes(request), kind)
+
+
+REQUEST = x509.load_pem_x509_csr(make_csr(NODE)).public_bytes(serialization.Encoding.DER)
+
+
 @given(st.data())
 def test_a_changed_request_is_refused(data: st.DataObject) -> None:
-    request = x509.load_pem_x509_csr(make_csr(NODE)).public_bytes(serialization.Encoding.DER)
-    changed = change(request, data)
-    pem = b"-----BEGIN CERTIFICATE REQUEST-----\n%s\n-----END CERTIFICATE REQUEST-----\n"
+    assert read_csr(as_pem(REQUEST))[0] == NODE.node_id
     with pytest.raises(ProtocolError):
-        read_csr(pem % base64.encodebytes(changed))
+        read_csr(as_pem(change(REQUEST, data)))
 
 
 # -- certificates ---------------------------------------------------------------------------------

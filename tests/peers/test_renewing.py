@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -167,6 +168,46 @@ async def test_from_the_request_to_the_certificate_in_use(
     # Taken once; what comes after it was not asked for.
     await node.renewing.frame_came(to_issuer, to_node.sent[0])
     assert node.trust.membership is after
+
+
+async def test_new_connections_show_the_new_certificate_at_both_ends(
+    issuer: Side, old: Side
+) -> None:
+    seen = asyncio.Queue[bytes]()
+
+    def der(transport: asyncio.BaseTransport) -> bytes:
+        certificate: bytes = transport.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        return certificate
+
+    class Arrival(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            seen.put_nowait(der(transport))
+            cast("asyncio.Transport", transport).abort()
+
+    async def shown(server: Side, client: Side) -> tuple[bytes, bytes]:
+        """The certificates of server and client in a handshake now."""
+        loop = asyncio.get_running_loop()
+        context = server.trust.server_context()
+        listener = await loop.create_server(Arrival, "127.0.0.1", 0, ssl=context)
+        transport, _ = await loop.create_connection(
+            asyncio.Protocol, *listener.sockets[0].getsockname(), server_hostname="",
+            ssl=client.trust.client_context(ALPN_CTL),
+        )  # fmt: skip
+        async with asyncio.timeout(5):
+            both = der(transport), await seen.get()
+        transport.abort()
+        listener.close()
+        await listener.wait_closed()
+        return both
+
+    before = old.trust.membership.certificate
+    authority = issuer.trust.membership.authority
+    assert authority is not None
+    assert (await shown(old, issuer))[0] == (await shown(issuer, old))[1] == before
+    await old.trust.use(authority.sign(make_csr(old.identity), Role.MEMBER, time.time()))
+    after = old.trust.membership.certificate
+    assert after != before
+    assert (await shown(old, issuer))[0] == (await shown(issuer, old))[1] == after
 
 
 async def test_the_certificate_keeps_the_role_the_asker_has_shown(
