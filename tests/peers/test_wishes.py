@@ -46,7 +46,7 @@ def test_a_damaged_token_is_not_taken_for_a_name() -> None:
 
 def test_1_a_node_with_company_keeps_its_mesh() -> None:
     wishes = Wishes((invite(WORK, "work"),), (), ())
-    with pytest.raises(JoinRefused, match="belongs to mesh `home`.*`work`.*meshd leave"):
+    with pytest.raises(JoinRefused, match=r"belongs to mesh `home`.*`work`.*meshd leave"):
         check_wishes(wishes, member(), True, "default")
     check_wishes(wishes, member(), False, "default")
     check_wishes(Wishes((invite(),), (), ()), member(), True, "default")
@@ -55,13 +55,13 @@ def test_1_a_node_with_company_keeps_its_mesh() -> None:
 
 @pytest.mark.parametrize("wishes", [Wishes((), (), ("home",)), Wishes((), ("h:1",), ())])
 def test_2_neither_a_name_nor_an_address_lets_anybody_in(wishes: Wishes) -> None:
-    with pytest.raises(JoinRefused, match="no mesh yet.*meshd invite"):
+    with pytest.raises(JoinRefused, match=r"no mesh yet.*meshd invite"):
         check_wishes(wishes, None, False, "default")
     check_wishes(wishes, member(), True, "default")
 
 
 def test_2_a_name_of_another_mesh() -> None:
-    with pytest.raises(JoinRefused, match="belongs to mesh `home`, not to `work`"):
+    with pytest.raises(JoinRefused, match=r"belongs to mesh `home`, not to `work`"):
         check_wishes(Wishes((), (), ("work",)), member(), False, "default")
 
 
@@ -70,5 +70,5 @@ def test_3_the_name_of_the_mesh_there_is() -> None:
     check_wishes(none, member(), True, "home")
     check_wishes(none, member(), True, "default")
     check_wishes(none, None, False, "work")
-    with pytest.raises(BadConfig, match="belongs to mesh `home`"):
+    with pytest.raises(BadConfig, match=r"belongs to mesh `home`"):
         check_wishes(none, member(), True, "work")
