@@ -184,7 +184,7 @@ class MeshService(Service):
                     self._show(MeshState.JOINING, error.message, invite.mesh_name)
                 else:
                     log.info("joined mesh `%s` as %s", invite.mesh_name, grant.role.value)
-                    await self._begin(membership, seeds=invite.addresses)
+                    await self._begin(membership)
                     return
             if len(refused) == len(invites):
                 raise next(iter(refused.values()))
@@ -204,7 +204,7 @@ class MeshService(Service):
 
     # -- being a member ---------------------------------------------------------------------------
 
-    async def _begin(self, membership: Membership, seeds: tuple[str, ...] = ()) -> None:
+    async def _begin(self, membership: Membership) -> None:
         self._membership = membership
         starts = await self._pool.run(self._store.next_start)
         trust = await self._pool.run(Trust, membership, self._identity, self._store, self._pool)
@@ -218,7 +218,8 @@ class MeshService(Service):
             lambda work: self.spawn(work, name="peer"),
         )
         session.start()
-        for address in (*self._wishes.addresses, *seeds):
+        invited = (i for i in self._wishes.invites if i.mesh_id == membership.mesh_id)
+        for address in (*self._wishes.addresses, *(a for i in invited for a in i.addresses)):
             session.linking.propose(address, asked=True)
         for peer in await self._pool.run(self._store.remembered):
             for address in peer.addresses:
@@ -264,16 +265,16 @@ class MeshService(Service):
 
     async def _look_after(self, session: Session) -> None:
         """Now and then: own addresses, the certificate's age, where the others are."""
-        looked_at = remembered_at = self._needs.clock.now()
+        remembered_at = self._needs.clock.now()
         while True:
             await asyncio.sleep(LOOK_S)
             if await self._pool.run(self._look_at_addresses):
                 session.addresses_changed()
                 self._tell_discovery()
             await session.renewing.look(list(session.linking.links))
-            looked_at = self._needs.clock.now()
-            if looked_at - remembered_at >= REMEMBER_S:
-                remembered_at = looked_at
+            now = self._needs.clock.now()
+            if now - remembered_at >= REMEMBER_S:
+                remembered_at = now
                 await session.remember()
 
     def _look_at_addresses(self) -> bool:
