@@ -35,8 +35,8 @@ MESH_SIZE = 4
 CROWDS = (3, 30)
 
 _ROWS: tuple[tuple[str, Callable[[Times], float]], ...] = (
-    ("start of a new node → seen by all, static address", lambda t: t.join_static_s),
-    ("start of a new node → seen by all, mDNS", lambda t: t.join_mdns_s),
+    ("start of a new node → seen by all, static address", lambda t: t.join_static.seconds),
+    ("start of a new node → seen by all, mDNS", lambda t: t.join_mdns.seconds),
     ("SIGKILL → routed to by nobody", lambda t: t.kill_unrouted_s),
     ("SIGKILL → dead to all", lambda t: t.kill_dead_s),
     ("start of a killed node → itself again to all", lambda t: t.restart_s),
@@ -88,8 +88,8 @@ def goals_of(times: Sequence[Times], hops: Rounds, crowds: Sequence[Crowd]) -> l
     goals: list[Goal] = []
     if times:
         goals += [
-            Goal("join, static, p95", p95([t.join_static_s for t in times]), 1.5, unit=" s"),
-            Goal("join, mDNS, p95", p95([t.join_mdns_s for t in times]), 3, unit=" s"),
+            Goal("join, static, p95", p95([t.join_static.seconds for t in times]), 1.5, unit=" s"),
+            Goal("join, mDNS, p95", p95([t.join_mdns.seconds for t in times]), 3, unit=" s"),
             Goal("kill to unrouted, most", max(t.kill_unrouted_s for t in times), 1.5, unit=" s"),
             Goal("kill to dead, most", max(t.kill_dead_s for t in times), 1.5, unit=" s"),
             Goal("partition to dead, most", max(t.partition_dead_s for t in times), 4, unit=" s"),
@@ -126,8 +126,7 @@ def _cycles(work: Path, count: int) -> list[Times]:
         cycles.begin(count)
         for number in range(count):
             times.append(cycles.cycle())
-            told = ", ".join(f"{k} {v:.2f}" for k, v in asdict(times[-1]).items())
-            _say(f"cycle {number + 1} of {count}: {told}")
+            _say(f"cycle {number + 1} of {count}: {times[-1]}")
     return times
 
 

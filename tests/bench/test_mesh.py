@@ -8,7 +8,7 @@ import pytest
 
 from bench.crowd import Crowd
 from bench.figures import Rounds
-from bench.membership import NOBODYS, Times, elsewhere
+from bench.membership import NOBODYS, Join, Times, elsewhere
 from bench.mesh import goals_of, main, p95
 from meshd.ids import MeshId
 from meshd.peers.invites import Invite, decode_invite, encode_invite
@@ -23,9 +23,13 @@ def test_p95(values: Sequence[float], expected: float) -> None:
     assert p95(values) == expected
 
 
+def all_times(seconds: float) -> Times:
+    join = Join(seconds, 0.0)
+    return Times(join, join, *[seconds] * (len(fields(Times)) - 2))
+
+
 def test_goals_take_the_worst_cycle() -> None:
-    good = Times(*[0.1] * len(fields(Times)))
-    bad = Times(*[9.0] * len(fields(Times)))
+    good, bad = all_times(0.1), all_times(9.0)
     verdicts = [goal.verdict for goal in goals_of([good] * 19, Rounds([]), [])]
     assert set(verdicts) == {"reached"}
     one_bad = {goal.what: goal.verdict for goal in goals_of([*[good] * 29, bad], Rounds([]), [])}
