@@ -7,6 +7,7 @@ import stat
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,10 @@ def grant(
     return Grant(by.ca_certificate, certificate, role, **more)
 
 
-def tree(directory: Path) -> dict[str, bytes]:
-    """Every file and directory below, with contents."""
+def tree(directory: Path) -> dict[str, str]:
+    """Every file and directory below, with the hash of its contents."""
     return {
-        str(p.relative_to(directory)): b"" if p.is_dir() else p.read_bytes()
+        str(p.relative_to(directory)): "" if p.is_dir() else sha256(p.read_bytes()).hexdigest()
         for p in sorted(directory.rglob("*"))
     }
 

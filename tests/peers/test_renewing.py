@@ -14,7 +14,14 @@ import pytest
 
 from meshd.ids import BootId, NodeId
 from meshd.kernel import ManualClock, Pool
-from meshd.peers.certificates import DAY_S, LIFETIME_S, certificate_der, make_csr, read_leaf
+from meshd.peers.certificates import (
+    DAY_S,
+    LIFETIME_S,
+    ca_fingerprint,
+    certificate_der,
+    make_csr,
+    read_leaf,
+)
 from meshd.peers.credentials import MeshStore
 from meshd.peers.identity import Identity
 from meshd.peers.links import ControlLink, Remote
@@ -173,18 +180,20 @@ async def test_from_the_request_to_the_certificate_in_use(
 async def test_new_connections_show_the_new_certificate_at_both_ends(
     issuer: Side, old: Side
 ) -> None:
-    seen = asyncio.Queue[bytes]()
+    seen = asyncio.Queue[str]()
 
-    def der(transport: asyncio.BaseTransport) -> bytes:
-        certificate: bytes = transport.get_extra_info("ssl_object").getpeercert(binary_form=True)
-        return certificate
+    def far(transport: asyncio.BaseTransport) -> str:
+        return name(transport.get_extra_info("ssl_object").getpeercert(binary_form=True))
+
+    def name(certificate: bytes) -> str:
+        return ca_fingerprint(certificate).hex()[:8]
 
     class Arrival(asyncio.Protocol):
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
-            seen.put_nowait(der(transport))
+            seen.put_nowait(far(transport))
             cast("asyncio.Transport", transport).abort()
 
-    async def shown(server: Side, client: Side) -> tuple[bytes, bytes]:
+    async def shown(server: Side, client: Side) -> tuple[str, str]:
         """The certificates of server and client in a handshake now."""
         loop = asyncio.get_running_loop()
         context = server.trust.server_context()
@@ -194,18 +203,18 @@ async def test_new_connections_show_the_new_certificate_at_both_ends(
             ssl=client.trust.client_context(ALPN_CTL),
         )  # fmt: skip
         async with asyncio.timeout(5):
-            both = der(transport), await seen.get()
+            both = far(transport), await seen.get()
         transport.abort()
         listener.close()
         await listener.wait_closed()
         return both
 
-    before = old.trust.membership.certificate
+    before = name(old.trust.membership.certificate)
     authority = issuer.trust.membership.authority
     assert authority is not None
     assert (await shown(old, issuer))[0] == (await shown(issuer, old))[1] == before
     await old.trust.use(authority.sign(make_csr(old.identity), Role.MEMBER, time.time()))
-    after = old.trust.membership.certificate
+    after = name(old.trust.membership.certificate)
     assert after != before
     assert (await shown(old, issuer))[0] == (await shown(issuer, old))[1] == after
 
