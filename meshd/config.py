@@ -390,7 +390,7 @@ def _check_ports(config: Config) -> None:
         if split_address(address)[1] > 65_535:  # 0 lets the system choose
             raise BadConfig(f"`{key}` {address}: a port is 0 to 65535", param=key)
     for address in config.advertise:
-        if not is_address(address) or not address.isascii() or len(address) > 270:
+        if not is_address(address) or not address.isascii() or len(address) > 255:
             raise BadConfig(
                 f"`advertise` {address}: give HOST:PORT as others can dial it, port 1 to 65535",
                 param="advertise",

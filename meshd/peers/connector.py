@@ -55,8 +55,9 @@ class Connector:
                 f"the certificate at {address} is not of this mesh: {error.verify_message}",
                 reason="wrong_mesh",
             ) from None
-        except (OSError, ssl.SSLError) as error:
-            raise PeerUnreachable(f"{address}: {error.strerror or error}") from None
+        except (OSError, ValueError) as error:  # ValueError: a host that can be no name (`a..b`)
+            why = getattr(error, "strerror", None) or error
+            raise PeerUnreachable(f"{address}: {why}") from None
         try:
             certificate = self._authenticate(channel.certificate)
             if expected is not None and certificate.node_id != expected:

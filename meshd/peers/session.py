@@ -131,6 +131,7 @@ class Session:
             self.telling.book,
             lambda: trust.membership,
         )
+        trust.on_renewal = self.telling.say_again  # adverts carry the certificate
         self.renewing = Renewing(trust, needs.clock, needs.rng.choice)
         self._unsubscribe = needs.board.subscribe(self._view_changed)
 

@@ -86,20 +86,26 @@ class Telling:
         rest_s = self._renewed_at + RENEW_PAUSE_S - now
         if rest_s > 0 and not _urgent(self._body, body):
             return rest_s
-        if self._body is not None:
-            self.version += 1
+        first = self._body is None
         self._body, self._renewed_at = body, now
-        self.reseal()
-        self._newer(self.version)
+        if first:
+            self._tell()
+        else:
+            self.say_again()
         return None
 
-    def reseal(self) -> None:
-        """Sign what we say again (a new certificate, say) and tell it to every link."""
-        if self._body is None:
-            return
+    def say_again(self) -> None:
+        """Sign what we say anew, under a new version, and tell it to every link."""
+        if self._body is not None:
+            self.version += 1
+            self._tell()
+
+    def _tell(self) -> None:
+        assert self._body is not None
         self._envelope = self._signer.seal(self.version, self._body)
         for link in self._links:
             link.send({"t": "adverts", "list": [self._envelope]})
+        self._newer(self.version)
 
     def tell_slots(self, view: View) -> None:
         """Called several times a second; sends only when a number changed."""

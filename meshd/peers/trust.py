@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import ssl
 import time
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 from meshd.ids import NodeId
@@ -36,6 +36,8 @@ class Trust:
         self.identity = identity
         self.store = store
         self.denied: DenyList = store.deny_list(membership)
+        self.on_renewal: Callable[[], None] = lambda: None
+        """Called with a new certificate in place: what carries the old one is to be said again."""
         self._pool = pool
         self._server = tls.server_context(membership, identity)
         self._clients = {
@@ -125,3 +127,4 @@ class Trust:
         for context in (self._server, *self._clients.values()):
             tls.reload_certificate(context, membership, self.identity)
         log.info("the certificate of this node was renewed")
+        self.on_renewal()

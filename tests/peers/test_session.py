@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import shutil
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,6 +17,7 @@ import pytest
 from meshd.errors import PeerRefused, PeerUnreachable
 from meshd.ids import NodeId
 from meshd.kernel import Pool
+from meshd.peers.certificates import certificate_der
 from meshd.peers.codec import message_to_wire
 from meshd.peers.frames import frame
 from meshd.peers.gossip import Dead, Gossip
@@ -190,6 +192,32 @@ async def test_a_revoked_node_loses_its_links_and_cannot_come_back(
     await again.until(lambda: again.board.current.mesh.state is MeshState.REFUSED, "refused again")
     assert c.peer(again) is None
     await again.stop()
+
+
+async def test_a_renewed_certificate_reaches_the_advert(make: Maker) -> None:
+    a = await make("a")
+    b = await make("b", a)
+    await all_see_all(a, b)
+    before = b.session.telling.book.envelope(a.id)
+    await a.session.trust.renew_by_own_key()
+    async with asyncio.timeout(10):
+        while (after := b.session.telling.book.envelope(a.id)) == before:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    assert before is not None
+    assert after is not None
+    assert after["certificate"] != before["certificate"]
+    shown = certificate_der(a.session.trust.membership.certificate)
+    assert base64.b64decode(after["certificate"]) == shown
+
+
+async def test_an_address_that_can_be_no_name_ends_no_dial(make: Maker) -> None:
+    """Any member can state one; every node that hears of it would dial it."""
+    a = await make("a")
+    for address in ("a..b:9338", "x" * 70 + ".example:9338"):
+        with pytest.raises(PeerUnreachable):
+            await a.session._connector.connect(address, ALPN_CTL, 1024)
+        a.session.linking.propose(address)
+    await asyncio.gather(*(t for t in a.tasks if "_dial" in str(t.get_coro())))
 
 
 async def test_denials_older_than_the_link_arrive_with_it(make: Maker) -> None:
