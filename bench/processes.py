@@ -55,8 +55,9 @@ class Stable:
         env: Mapping[str, str] | None = None,
     ) -> subprocess.Popen[bytes]:
         """Start `argv`; its output goes to `<log_dir>/<name>.log`. `env` is added to ours, less
-        what would configure meshd behind the benchmark's back."""
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("MESHD_")}
+        what would configure meshd behind the benchmark's back, or have it compiled at each start.
+        """
+        inherited = {k: v for k, v in os.environ.items() if not _meddles(k)}
         with (self._log_dir / f"{name}.log").open("ab") as log:
             child = subprocess.Popen(
                 list(argv),
@@ -172,6 +173,10 @@ def placed_here(cores: frozenset[int]) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+def _meddles(variable: str) -> bool:
+    return variable.startswith("MESHD_") or variable == "PYTHONDONTWRITEBYTECODE"
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:
