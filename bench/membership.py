@@ -165,6 +165,6 @@ class Cycles:
 
 def elsewhere(token: str) -> str:
     """The same invite, but with an address where nobody is."""
-    from meshd.peers.invites import decode_invite, encode_invite
+    from meshd.peers.joining.invites import decode_invite, encode_invite
 
     return encode_invite(replace(decode_invite(token), addresses=(NOBODYS,)))

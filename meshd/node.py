@@ -130,10 +130,10 @@ class Node:
         from meshd.api.admin import AdminServer, LoadBody, UnloadBody
         from meshd.cache.references import model_id
         from meshd.cache.weights import inspect
-        from meshd.peers.discovery import Discovery
-        from meshd.peers.identity import load_or_create
+        from meshd.peers.lan.discovery import Discovery
         from meshd.peers.mesh import MeshService
         from meshd.peers.session import Needs
+        from meshd.peers.trust.identity import load_or_create
         from meshd.runtime.host import ModelHost, Rooms
         from meshd.runtime.hosting import LoadOptions, WeightFacts
         from meshd.runtime.orphans import end_orphans
@@ -370,8 +370,8 @@ def _import_rooms() -> None:
     for module in (
         "meshd.api.admin",
         "meshd.cache.weights",
-        "meshd.peers.discovery",
-        "meshd.peers.identity",
+        "meshd.peers.lan.discovery",
+        "meshd.peers.trust.identity",
         "meshd.peers.mesh",
         "meshd.runtime.host",
         "meshd.runtime.registry",

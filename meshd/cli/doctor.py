@@ -56,9 +56,9 @@ def print_finding(finding: Finding) -> None:
 
 def patient(config: Config) -> Patient:
     """The node of that configuration as it is on disk; writes nothing. Raises BadConfig."""
-    from meshd.peers.credentials import MeshStore
     from meshd.peers.diagnosis import Patient
-    from meshd.peers.identity import KEY_FILE, load_or_create
+    from meshd.peers.trust.credentials import MeshStore
+    from meshd.peers.trust.identity import KEY_FILE, load_or_create
 
     if not (config.data_dir / KEY_FILE).exists():
         return Patient(config.name, None, None, mdns=config.mdns)

@@ -73,7 +73,7 @@ def check_join(loaded: config.Config) -> None:
     """
     for wish in loaded.join:
         if config.is_invite(wish):
-            from meshd.peers.invites import decode_invite  # late: few starts have a token
+            from meshd.peers.joining.invites import decode_invite  # late: few starts have a token
 
             try:
                 decode_invite(wish)
@@ -91,7 +91,7 @@ def check_join(loaded: config.Config) -> None:
 
 def _mesh_on_disk(mesh_dir: Path) -> str | None:
     """The id of the mesh this data directory belongs to, as far as that can be read here."""
-    from meshd.peers.certificates import mesh_of
+    from meshd.peers.trust.certificates import mesh_of
 
     try:
         return mesh_of((mesh_dir / "ca.crt").read_bytes())[0]

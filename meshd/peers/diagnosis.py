@@ -27,17 +27,17 @@ from meshd.config import split_address
 from meshd.errors import MeshdError, PeerRefused, PeerUnreachable, ProtocolError
 from meshd.ids import BootId
 from meshd.kernel.findings import Fault, Finding, NotApplicable, Verdict
-from meshd.peers.addresses import on_own_network
-from meshd.peers.certificates import PeerCertificate
-from meshd.peers.channel import FrameChannel
-from meshd.peers.frames import CONTROL_LIMIT
-from meshd.peers.hello import Hello, judge, make_hello, parse_hello, refusal
-from meshd.peers.identity import Identity
-from meshd.peers.lan import find
-from meshd.peers.membership import Membership, authenticate
+from meshd.peers.lan.addresses import on_own_network
+from meshd.peers.lan.lan import find
+from meshd.peers.links.channel import FrameChannel
+from meshd.peers.links.frames import CONTROL_LIMIT
+from meshd.peers.links.hello import Hello, judge, make_hello, parse_hello, refusal
 from meshd.peers.protocol import ALPN_CTL, PROTOCOL, common_version
 from meshd.peers.remedies import ASK_MEMBER, NO_MULTICAST, REMEDIES, tls_fault
-from meshd.peers.tls import client_context, joining_context
+from meshd.peers.trust.certificates import PeerCertificate
+from meshd.peers.trust.identity import Identity
+from meshd.peers.trust.membership import Membership, authenticate
+from meshd.peers.trust.tls import client_context, joining_context
 
 STEP_TIMEOUT_S: Final = 30.0
 ANSWER_S: Final = 5.0

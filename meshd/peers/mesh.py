@@ -25,21 +25,21 @@ from meshd.errors import (
 )
 from meshd.ids import MeshId, NodeId
 from meshd.kernel import Pool, Service
-from meshd.peers.addresses import advertised_addresses
-from meshd.peers.credentials import MeshStore
-from meshd.peers.identity import Identity
-from meshd.peers.invite_book import InviteBook
-from meshd.peers.invites import Invite, encode_invite
-from meshd.peers.join_desk import JoinDesk
-from meshd.peers.joining import join
-from meshd.peers.listener import PeerListener, Speakers
-from meshd.peers.membership import Grant, Membership
+from meshd.peers.joining.invite_book import InviteBook
+from meshd.peers.joining.invites import Invite, encode_invite
+from meshd.peers.joining.join_desk import JoinDesk
+from meshd.peers.joining.joining import join
+from meshd.peers.lan.addresses import advertised_addresses
+from meshd.peers.lan.sightings import Sightings
+from meshd.peers.links.listener import PeerListener, Speakers
 from meshd.peers.naming import resolve_node
 from meshd.peers.session import Needs, Session
 from meshd.peers.showing import publish
-from meshd.peers.sightings import Sightings
-from meshd.peers.trust import Trust
-from meshd.peers.wire import KnownPeer
+from meshd.peers.trust.credentials import MeshStore
+from meshd.peers.trust.identity import Identity
+from meshd.peers.trust.membership import Grant, Membership
+from meshd.peers.trust.trust import Trust
+from meshd.peers.trust.wire import KnownPeer
 from meshd.peers.wishes import Wishes, check_wishes, read_wishes
 from meshd.view import MeshState, MeshView, Role, Target
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from meshd.errors import NotFound
 from meshd.ids import NodeId
-from meshd.peers.identity import public_key_of
+from meshd.peers.trust.identity import public_key_of
 from meshd.view import PeerView
 
 

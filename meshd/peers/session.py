@@ -19,27 +19,28 @@ from meshd.config import Config
 from meshd.errors import MeshdError, PeerRefused, PeerUnreachable
 from meshd.ids import BootId, InstanceId, NodeId
 from meshd.kernel import Board, Clock, Driver, FlightRecorder
-from meshd.peers import denylist, gossip
-from meshd.peers.certificates import PeerCertificate
-from meshd.peers.channel import FrameChannel
-from meshd.peers.codec import message_from_wire, message_to_wire
-from meshd.peers.connector import Connector
-from meshd.peers.denylist import DenyEntry
-from meshd.peers.frames import RAW_OPEN_LIMIT
-from meshd.peers.gossip import Alive, Message
-from meshd.peers.handshake import statement_to_hello
-from meshd.peers.hello import Hello, Purpose, make_hello, parse_refusal
-from meshd.peers.linking import Linking, Spawn
-from meshd.peers.links import ControlLink
+from meshd.peers.joining.renewing import Renewing
+from meshd.peers.links.channel import FrameChannel
+from meshd.peers.links.codec import message_from_wire, message_to_wire
+from meshd.peers.links.connector import Connector
+from meshd.peers.links.frames import RAW_OPEN_LIMIT
+from meshd.peers.links.handshake import statement_to_hello
+from meshd.peers.links.hello import Hello, Purpose, make_hello, parse_refusal
+from meshd.peers.links.linking import Linking, Spawn
+from meshd.peers.links.links import ControlLink
+from meshd.peers.links.streams import OPEN_TIMEOUT_S, Open, Streams, begin
 from meshd.peers.protocol import ALPN_RAW
-from meshd.peers.renewing import Renewing
 from meshd.peers.showing import AT_ONCE_S, SLOTS_S, Showing
-from meshd.peers.streams import OPEN_TIMEOUT_S, Open, Streams, begin
-from meshd.peers.swim import Swim
+from meshd.peers.swim import gossip
+from meshd.peers.swim.gossip import Alive, Message
+from meshd.peers.swim.swim import Swim
+from meshd.peers.swim.timing import LAN, WAN
 from meshd.peers.telling import Telling
-from meshd.peers.timing import LAN, WAN
-from meshd.peers.trust import Trust
-from meshd.peers.wire import KnownPeer
+from meshd.peers.trust import denylist
+from meshd.peers.trust.certificates import PeerCertificate
+from meshd.peers.trust.denylist import DenyEntry
+from meshd.peers.trust.trust import Trust
+from meshd.peers.trust.wire import KnownPeer
 from meshd.view import (
     PeerState,
     Role,

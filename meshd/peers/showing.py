@@ -13,9 +13,9 @@ from meshd.errors import PeerRefused
 from meshd.ids import NodeId
 from meshd.kernel import Board
 from meshd.peers.adverts import AdvertBook
-from meshd.peers.members import Member
-from meshd.peers.membership import Membership
 from meshd.peers.picture import Standing, picture
+from meshd.peers.swim.members import Member
+from meshd.peers.trust.membership import Membership
 from meshd.view import MeshState, MeshView, PeerState, PeerView, View, with_peers
 
 log = logging.getLogger(__name__)

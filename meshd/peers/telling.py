@@ -17,9 +17,9 @@ from meshd.errors import MeshdError, ProtocolError
 from meshd.ids import InstanceId, NodeId
 from meshd.kernel import Clock
 from meshd.peers.adverts import Advert, AdvertBook, describe, slots_from_wire
-from meshd.peers.codec import node_id_from_wire
-from meshd.peers.links import ControlLink, LinkTable
-from meshd.peers.signing import SignedAdvert
+from meshd.peers.links.codec import node_id_from_wire
+from meshd.peers.links.links import ControlLink, LinkTable
+from meshd.peers.trust.signing import SignedAdvert
 from meshd.view import Role, View
 
 log = logging.getLogger(__name__)

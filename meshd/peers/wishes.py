@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from meshd.errors import BadConfig, JoinRefused
-from meshd.peers.invites import Invite, decode_invite, is_token
-from meshd.peers.membership import Membership
+from meshd.peers.joining.invites import Invite, decode_invite, is_token
+from meshd.peers.trust.membership import Membership
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from meshd.api.pool import ProtocolFactory
 from meshd.errors import PeerUnreachable
-from meshd.peers.channel import FrameChannel
+from meshd.peers.links.channel import FrameChannel
 from meshd.view import Target
 from tests.api.scripted import Api, Engine
 

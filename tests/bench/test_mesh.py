@@ -11,7 +11,7 @@ from bench.figures import Rounds
 from bench.membership import NOBODYS, Join, Times, elsewhere
 from bench.mesh import goals_of, main, p95
 from meshd.ids import MeshId
-from meshd.peers.invites import Invite, decode_invite, encode_invite
+from meshd.peers.joining.invites import Invite, decode_invite, encode_invite
 from meshd.view import Role
 
 

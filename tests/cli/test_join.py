@@ -16,9 +16,9 @@ from meshd.cli.main import main
 from meshd.cli.run import check_join
 from meshd.errors import BadConfig, BadInvite
 from meshd.ids import MeshId
-from meshd.peers.credentials import MeshStore
-from meshd.peers.identity import load_or_create
-from meshd.peers.invites import Invite, encode_invite
+from meshd.peers.joining.invites import Invite, encode_invite
+from meshd.peers.trust.credentials import MeshStore
+from meshd.peers.trust.identity import load_or_create
 from meshd.view import Role
 
 

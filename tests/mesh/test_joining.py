@@ -183,7 +183,7 @@ def test_an_invite_the_issuer_does_not_know(lan: Lan) -> None:
 
 def test_a_token_of_another_mesh(lan: Lan) -> None:
     """Its address is answered, but by a mesh with another root of trust."""
-    from meshd.peers.invites import decode_invite, encode_invite
+    from meshd.peers.joining.invites import decode_invite, encode_invite
 
     a = lan.node("a", "--mesh", "home").start()
     x = lan.node("x", "--mesh", "home").start()
@@ -241,7 +241,7 @@ def test_a_copied_data_directory(lan: Lan) -> None:
     ],
 )
 def test_what_is_no_way_in(lan: Lan, join: str, words: str) -> None:
-    from meshd.peers.invites import decode_invite, encode_invite
+    from meshd.peers.joining.invites import decode_invite, encode_invite
 
     a = lan.node("a", "--mesh", "home").start()
     token = a.invite()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from meshd.peers.frames import CONTROL_LIMIT, FrameReader, frame, parse
+from meshd.peers.links.frames import CONTROL_LIMIT, FrameReader, frame, parse
 from meshd.peers.protocol import ALPN_CTL, ALPN_JOIN, ALPN_RAW
 from tests.mesh.network import Host
 from tests.mesh.nodes import PEER_PORT, REACTION_S, Lan, MeshNode
@@ -202,8 +202,8 @@ def _anybody(alpn: str | None) -> ssl.SSLContext:
 
 
 def _membership(node: MeshNode) -> tuple[Any, Any]:
-    from meshd.peers.credentials import MeshStore
-    from meshd.peers.identity import load_or_create
+    from meshd.peers.trust.credentials import MeshStore
+    from meshd.peers.trust.identity import load_or_create
 
     identity = load_or_create(node.data_dir)
     membership = MeshStore(node.data_dir / "mesh", identity).load()
@@ -214,7 +214,7 @@ def _membership(node: MeshNode) -> tuple[Any, Any]:
 @contextmanager
 def _as_member(who: MeshNode, to: MeshNode, alpn: str) -> Iterator[ssl.SSLSocket]:
     """A connection with the genuine credentials of `who`, without its daemon."""
-    from meshd.peers.tls import client_context
+    from meshd.peers.trust.tls import client_context
 
     membership, identity = _membership(who)
     context = client_context(membership, identity, alpn)
@@ -225,7 +225,7 @@ def _as_member(who: MeshNode, to: MeshNode, alpn: str) -> Iterator[ssl.SSLSocket
 
 def _hello(who: MeshNode, to: MeshNode) -> dict[str, Any]:
     from meshd.ids import BootId, MeshId
-    from meshd.peers.hello import make_hello
+    from meshd.peers.links.hello import make_hello
     from meshd.view import Role
 
     _, identity = _membership(who)

@@ -9,19 +9,19 @@ from typing import Any
 
 from meshd.ids import NodeId
 from meshd.kernel import Pool
-from meshd.peers.certificates import PeerCertificate
-from meshd.peers.channel import FrameChannel
-from meshd.peers.credentials import MeshStore
-from meshd.peers.denylist import DenyList
-from meshd.peers.identity import Identity, load_or_create
-from meshd.peers.invite_book import InviteBook
-from meshd.peers.invites import Invite
-from meshd.peers.join_desk import JoinDesk
-from meshd.peers.joining import join
-from meshd.peers.listener import PeerListener, Speakers
-from meshd.peers.membership import Grant, Membership, authenticate
-from meshd.peers.tls import server_context
-from meshd.peers.wire import KnownPeer
+from meshd.peers.joining.invite_book import InviteBook
+from meshd.peers.joining.invites import Invite
+from meshd.peers.joining.join_desk import JoinDesk
+from meshd.peers.joining.joining import join
+from meshd.peers.links.channel import FrameChannel
+from meshd.peers.links.listener import PeerListener, Speakers
+from meshd.peers.trust.certificates import PeerCertificate
+from meshd.peers.trust.credentials import MeshStore
+from meshd.peers.trust.denylist import DenyList
+from meshd.peers.trust.identity import Identity, load_or_create
+from meshd.peers.trust.membership import Grant, Membership, authenticate
+from meshd.peers.trust.tls import server_context
+from meshd.peers.trust.wire import KnownPeer
 from meshd.view import Role
 
 

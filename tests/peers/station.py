@@ -13,14 +13,14 @@ from typing import Any, cast
 from meshd.config import Config, PeerSettings
 from meshd.ids import InstanceId, ModelId, NodeId
 from meshd.kernel import Board, FlightRecorder, MonotonicClock, Pool
-from meshd.peers.certificates import certificate_der, make_csr
-from meshd.peers.channel import FrameChannel
-from meshd.peers.credentials import MeshStore
-from meshd.peers.identity import load_or_create
-from meshd.peers.listener import PeerListener, Speakers
-from meshd.peers.membership import Grant, Membership
+from meshd.peers.links.channel import FrameChannel
+from meshd.peers.links.listener import PeerListener, Speakers
 from meshd.peers.session import Needs, Session
-from meshd.peers.trust import Trust
+from meshd.peers.trust.certificates import certificate_der, make_csr
+from meshd.peers.trust.credentials import MeshStore
+from meshd.peers.trust.identity import load_or_create
+from meshd.peers.trust.membership import Grant, Membership
+from meshd.peers.trust.trust import Trust
 from meshd.view import (
     HostView,
     ModelState,

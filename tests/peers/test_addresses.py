@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshd.config import split_address
-from meshd.peers.addresses import (
+from meshd.peers.lan.addresses import (
     MAX_ADDRESSES,
     advertised_addresses,
     choose_addresses,

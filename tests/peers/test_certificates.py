@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from meshd.errors import PeerRefused, ProtocolError
 from meshd.ids import MeshId
-from meshd.peers.authority import CA_LIFETIME_S, Authority, found, restore
-from meshd.peers.certificates import (
+from meshd.peers.trust.authority import CA_LIFETIME_S, Authority, found, restore
+from meshd.peers.trust.certificates import (
     DAY_S,
     LIFETIME_S,
     MAX_BYTES,
@@ -34,7 +34,7 @@ from meshd.peers.certificates import (
     read_csr,
     read_leaf,
 )
-from meshd.peers.identity import Identity, node_id
+from meshd.peers.trust.identity import Identity, node_id
 from meshd.view import Role
 
 NOW = 1_800_000_000.0

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from meshd.errors import ProtocolError
 from meshd.ids import NodeId
-from meshd.peers.codec import (
+from meshd.peers.links.codec import (
     MAX_UPDATES,
     alive_from_wire,
     alive_to_wire,
     message_from_wire,
     message_to_wire,
 )
-from meshd.peers.gossip import (
+from meshd.peers.swim.gossip import (
     Ack,
     Alive,
     Dead,

@@ -16,9 +16,9 @@ import pytest
 from meshd.errors import BadConfig, NoSpace, PeerRefused, ProtocolError
 from meshd.ids import MeshId
 from meshd.kernel.files import write_atomic
-from meshd.peers import authority as authorities
-from meshd.peers import credentials
-from meshd.peers.certificates import (
+from meshd.peers.trust import authority as authorities
+from meshd.peers.trust import credentials
+from meshd.peers.trust.certificates import (
     DAY_S,
     LIFETIME_S,
     RENEW_BELOW_S,
@@ -26,11 +26,11 @@ from meshd.peers.certificates import (
     certificate_pem,
     make_csr,
 )
-from meshd.peers.credentials import MAX_REMEMBERED, MeshStore
-from meshd.peers.denylist import DenyEntry
-from meshd.peers.identity import Identity, load_or_create, node_id_of
-from meshd.peers.membership import Grant, Membership, needs_renewal
-from meshd.peers.wire import KnownPeer
+from meshd.peers.trust.credentials import MAX_REMEMBERED, MeshStore
+from meshd.peers.trust.denylist import DenyEntry
+from meshd.peers.trust.identity import Identity, load_or_create, node_id_of
+from meshd.peers.trust.membership import Grant, Membership, needs_renewal
+from meshd.peers.trust.wire import KnownPeer
 from meshd.view import Role
 from tests.peers.reception import new_node
 

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from meshd.errors import BadConfig, NoSpace, NotIssuer, ProtocolError
 from meshd.ids import MeshId
-from meshd.peers import denylist
-from meshd.peers.authority import Authority, found
-from meshd.peers.denylist import MAX_MESSAGE_ENTRIES, DenyEntry, DenyList, from_wire
-from meshd.peers.frames import CONTROL_LIMIT, frame
-from meshd.peers.identity import node_id
+from meshd.peers.links.frames import CONTROL_LIMIT, frame
+from meshd.peers.trust import denylist
+from meshd.peers.trust.authority import Authority, found
+from meshd.peers.trust.denylist import MAX_MESSAGE_ENTRIES, DenyEntry, DenyList, from_wire
+from meshd.peers.trust.identity import node_id
 
 MESH = MeshId("ab" * 16)
 HOME = found(MESH, "home", 1_800_000_000.0)

@@ -21,17 +21,17 @@ from meshd.errors import MeshdError
 from meshd.ids import BootId
 from meshd.kernel.findings import Finding, Verdict
 from meshd.peers import diagnosis
-from meshd.peers.certificates import certificate_der, make_csr
-from meshd.peers.channel import FrameChannel
-from meshd.peers.credentials import MeshStore
 from meshd.peers.diagnosis import Patient, diagnose
-from meshd.peers.discovery import Discovery
-from meshd.peers.frames import CONTROL_LIMIT
-from meshd.peers.handshake import attend_doctor, welcome
-from meshd.peers.hello import Hello, make_hello
-from meshd.peers.identity import Identity, load_or_create
-from meshd.peers.membership import Grant, Membership
-from meshd.peers.tls import server_context
+from meshd.peers.lan.discovery import Discovery
+from meshd.peers.links.channel import FrameChannel
+from meshd.peers.links.frames import CONTROL_LIMIT
+from meshd.peers.links.handshake import attend_doctor, welcome
+from meshd.peers.links.hello import Hello, make_hello
+from meshd.peers.trust.certificates import certificate_der, make_csr
+from meshd.peers.trust.credentials import MeshStore
+from meshd.peers.trust.identity import Identity, load_or_create
+from meshd.peers.trust.membership import Grant, Membership
+from meshd.peers.trust.tls import server_context
 from meshd.view import Role
 
 STEPS = [

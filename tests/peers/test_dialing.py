@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from meshd.ids import NodeId
 from meshd.kernel.machine import Tick
-from meshd.peers.dialing import (
+from meshd.peers.links.dialing import (
     CALL_PAUSE_S,
     MAX_CALLS,
     MAX_SEEDS,

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshd.ids import MeshId, NodeId
-from meshd.peers import discovery as discovering
-from meshd.peers import lan as lans
-from meshd.peers.announcement import (
+from meshd.peers.lan import discovery as discovering
+from meshd.peers.lan import lan as lans
+from meshd.peers.lan.announcement import (
     MAX_FOUND_ADDRESSES,
     Announcement,
     Found,
@@ -23,8 +23,8 @@ from meshd.peers.announcement import (
     properties_of,
     read_service,
 )
-from meshd.peers.discovery import MAX_SEEN, Discovery
-from meshd.peers.lan import find_mesh
+from meshd.peers.lan.discovery import MAX_SEEN, Discovery
+from meshd.peers.lan.lan import find_mesh
 
 MESH = MeshId("0" * 32)
 OTHER_MESH = MeshId("f" * 32)
@@ -232,7 +232,7 @@ async def test_no_multicast_is_one_warning_and_another_try(
     monkeypatch.setattr(lans, "_open_sockets", refuse)
     monkeypatch.setattr(discovering, "POLL_S", 0.02)
     heard = Heard()
-    with caplog.at_level(logging.INFO, "meshd.peers.discovery"):
+    with caplog.at_level(logging.INFO, "meshd.peers.lan.discovery"):
         async with running(Discovery(True, heard)) as service, asyncio.timeout(10):
             member(service, ALPHA, "127.0.0.1:1001")
             for _ in range(3):

@@ -14,9 +14,9 @@ import pytest
 from meshd.errors import NoSpace
 from meshd.kernel import Pool
 from meshd.kernel.clock import ManualClock
-from meshd.peers.certificates import make_csr
-from meshd.peers.renewing import ASK_AGAIN_S, Renewing
-from meshd.peers.trust import Trust
+from meshd.peers.joining.renewing import ASK_AGAIN_S, Renewing
+from meshd.peers.trust.certificates import make_csr
+from meshd.peers.trust.trust import Trust
 from meshd.view import Role
 from tests.peers.reception import new_node
 

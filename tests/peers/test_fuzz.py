@@ -20,10 +20,10 @@ import orjson
 import pytest
 
 from meshd.kernel import Pool
-from meshd.peers.codec import message_to_wire
-from meshd.peers.frames import CONTROL_LIMIT, frame
-from meshd.peers.gossip import Dead, Digest, Gossip, Ping, PingReq, Suspect, Sync
+from meshd.peers.links.codec import message_to_wire
+from meshd.peers.links.frames import CONTROL_LIMIT, frame
 from meshd.peers.protocol import ALPN_CTL, ALPN_RAW
+from meshd.peers.swim.gossip import Dead, Digest, Gossip, Ping, PingReq, Suspect, Sync
 from meshd.view import PeerState
 from tests.peers.station import Station
 

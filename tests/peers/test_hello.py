@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from meshd.errors import PeerRefused, ProtocolError
 from meshd.ids import BootId, MeshId, NodeId
-from meshd.peers.hello import Hello, judge, make_hello, parse_hello, parse_refusal, refusal
+from meshd.peers.links.hello import Hello, judge, make_hello, parse_hello, parse_refusal, refusal
 from meshd.view import Role
 
 OURS = NodeId("a" * 52)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from meshd.errors import BadConfig
-from meshd.peers.identity import KEY_FILE, load_or_create
+from meshd.peers.trust.identity import KEY_FILE, load_or_create
 
 
 def test_made_once_and_kept(tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from meshd.errors import BadConfig, JoinRefused, NoSpace, NotIssuer
 from meshd.ids import NodeId
-from meshd.peers import invite_book
-from meshd.peers.credentials import MeshStore
-from meshd.peers.identity import load_or_create, node_id
-from meshd.peers.invite_book import KEPT_AFTER_S, MAX_OPEN, InviteBook, Redemption
-from meshd.peers.invites import Invite, derive_key, encode_invite
-from meshd.peers.membership import Membership
+from meshd.peers.joining import invite_book
+from meshd.peers.joining.invite_book import KEPT_AFTER_S, MAX_OPEN, InviteBook, Redemption
+from meshd.peers.joining.invites import Invite, derive_key, encode_invite
+from meshd.peers.trust.credentials import MeshStore
+from meshd.peers.trust.identity import load_or_create, node_id
+from meshd.peers.trust.membership import Membership
 from meshd.view import Role
 
 NODES = [node_id(Ed25519PrivateKey.generate()) for _ in range(4)]

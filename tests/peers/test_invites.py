@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from meshd.errors import BadInvite
 from meshd.ids import MeshId
-from meshd.peers.invites import (
+from meshd.peers.joining.invites import (
     MAX_TOKEN_CHARACTERS,
     PREFIX,
     Invite,

@@ -18,15 +18,22 @@ import uvloop
 
 from meshd.errors import JoinRefused, ProtocolError
 from meshd.kernel import Pool
-from meshd.peers import join_desk
-from meshd.peers.admission import MAX_MEMBERS, NONCE_BYTES, Admitted, Greeting, Request, proof
-from meshd.peers.certificates import make_csr
-from meshd.peers.channel import FrameChannel
-from meshd.peers.denylist import DenyEntry
-from meshd.peers.frames import JOIN_LIMIT, frame, parse
-from meshd.peers.invites import Invite
-from meshd.peers.tls import joining_context
-from meshd.peers.wire import KnownPeer, read
+from meshd.peers.joining import join_desk
+from meshd.peers.joining.admission import (
+    MAX_MEMBERS,
+    NONCE_BYTES,
+    Admitted,
+    Greeting,
+    Request,
+    proof,
+)
+from meshd.peers.joining.invites import Invite
+from meshd.peers.links.channel import FrameChannel
+from meshd.peers.links.frames import JOIN_LIMIT, frame, parse
+from meshd.peers.trust.certificates import make_csr
+from meshd.peers.trust.denylist import DenyEntry
+from meshd.peers.trust.tls import joining_context
+from meshd.peers.trust.wire import KnownPeer, read
 from meshd.view import Role
 from tests.peers.reception import Newcomer, Reception, new_node
 

@@ -21,16 +21,16 @@ import uvloop
 from meshd.errors import JoinRefused, MeshdError, PeerUnreachable
 from meshd.ids import MeshId, NodeId
 from meshd.kernel import Pool
-from meshd.peers import invite_book, join_desk
-from meshd.peers.admission import NONCE_BYTES, Admitted, Greeting, Request, proof
-from meshd.peers.certificates import PeerCertificate, make_csr
-from meshd.peers.channel import FrameChannel
-from meshd.peers.frames import JOIN_LIMIT
-from meshd.peers.invites import Invite, encode_invite
-from meshd.peers.joining import AT_ONCE, join
-from meshd.peers.listener import PeerListener, Speakers
-from meshd.peers.membership import Grant
-from meshd.peers.tls import joining_context, server_context
+from meshd.peers.joining import invite_book, join_desk
+from meshd.peers.joining.admission import NONCE_BYTES, Admitted, Greeting, Request, proof
+from meshd.peers.joining.invites import Invite, encode_invite
+from meshd.peers.joining.joining import AT_ONCE, join
+from meshd.peers.links.channel import FrameChannel
+from meshd.peers.links.frames import JOIN_LIMIT
+from meshd.peers.links.listener import PeerListener, Speakers
+from meshd.peers.trust.certificates import PeerCertificate, make_csr
+from meshd.peers.trust.membership import Grant
+from meshd.peers.trust.tls import joining_context, server_context
 from meshd.view import Role
 from tests.peers.reception import Newcomer, Reception, new_node
 

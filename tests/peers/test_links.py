@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from meshd.ids import BootId, NodeId
-from meshd.peers.frames import CONTROL_LIMIT, frame
-from meshd.peers.links import (
+from meshd.peers.links.frames import CONTROL_LIMIT, frame
+from meshd.peers.links.links import (
     BACKLOG_BYTES,
     GOSSIP_BACKLOG_BYTES,
     ControlLink,

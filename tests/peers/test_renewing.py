@@ -14,7 +14,10 @@ import pytest
 
 from meshd.ids import BootId, NodeId
 from meshd.kernel import ManualClock, Pool
-from meshd.peers.certificates import (
+from meshd.peers.joining.renewing import ASK_AGAIN_S, MAX_PEM, SIGN_AGAIN_S, Renewing
+from meshd.peers.links.links import ControlLink, Remote
+from meshd.peers.protocol import ALPN_CTL
+from meshd.peers.trust.certificates import (
     DAY_S,
     LIFETIME_S,
     ca_fingerprint,
@@ -22,13 +25,10 @@ from meshd.peers.certificates import (
     make_csr,
     read_leaf,
 )
-from meshd.peers.credentials import MeshStore
-from meshd.peers.identity import Identity
-from meshd.peers.links import ControlLink, Remote
-from meshd.peers.membership import Grant
-from meshd.peers.protocol import ALPN_CTL
-from meshd.peers.renewing import ASK_AGAIN_S, MAX_PEM, SIGN_AGAIN_S, Renewing
-from meshd.peers.trust import Trust
+from meshd.peers.trust.credentials import MeshStore
+from meshd.peers.trust.identity import Identity
+from meshd.peers.trust.membership import Grant
+from meshd.peers.trust.trust import Trust
 from meshd.view import Role
 from tests.peers.reception import new_node
 

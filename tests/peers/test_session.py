@@ -17,12 +17,12 @@ import pytest
 from meshd.errors import PeerRefused, PeerUnreachable
 from meshd.ids import NodeId
 from meshd.kernel import Pool
-from meshd.peers.certificates import certificate_der
-from meshd.peers.codec import message_to_wire
-from meshd.peers.frames import frame
-from meshd.peers.gossip import Dead, Gossip
-from meshd.peers.links import ControlLink
+from meshd.peers.links.codec import message_to_wire
+from meshd.peers.links.frames import frame
+from meshd.peers.links.links import ControlLink
 from meshd.peers.protocol import ALPN_CTL, ALPN_RAW
+from meshd.peers.swim.gossip import Dead, Gossip
+from meshd.peers.trust.certificates import certificate_der
 from meshd.view import MeshState, NodeState, PeerState, Role
 from tests.peers.station import EchoBack, Station
 

@@ -6,7 +6,7 @@ import pytest
 
 from meshd.errors import JoinRefused
 from meshd.ids import MeshId, NodeId
-from meshd.peers.sightings import MAX_ADDRESSES, MAX_SIGHTINGS, Sightings
+from meshd.peers.lan.sightings import MAX_ADDRESSES, MAX_SIGHTINGS, Sightings
 
 HOME, OTHER = MeshId("a" * 32), MeshId("b" * 32)
 

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 
 from meshd.errors import PeerRefused, ProtocolError
 from meshd.ids import MeshId, NodeId
-from meshd.peers import authority as authorities
-from meshd.peers.certificates import LIFETIME_S, ca_fingerprint, certificate_der, make_csr
-from meshd.peers.frames import CONTROL_LIMIT, frame
-from meshd.peers.gossip import Alive
-from meshd.peers.identity import Identity, load_or_create
-from meshd.peers.membership import Membership
-from meshd.peers.signing import (
+from meshd.peers.links.frames import CONTROL_LIMIT, frame
+from meshd.peers.swim.gossip import Alive
+from meshd.peers.trust import authority as authorities
+from meshd.peers.trust.certificates import LIFETIME_S, ca_fingerprint, certificate_der, make_csr
+from meshd.peers.trust.identity import Identity, load_or_create
+from meshd.peers.trust.membership import Membership
+from meshd.peers.trust.signing import (
     MAX_ADDRESS_BYTES,
     MAX_ADVERT_BYTES,
     alive_is_genuine,

@@ -11,7 +11,7 @@ import pytest
 
 from meshd.ids import NodeId
 from meshd.kernel.machine import Tick
-from meshd.peers.gossip import (
+from meshd.peers.swim.gossip import (
     Ack,
     AdvertNewer,
     Alive,
@@ -40,9 +40,9 @@ from meshd.peers.gossip import (
     Update,
     Why,
 )
-from meshd.peers.members import MOST_INCARNATION
-from meshd.peers.swim import Swim
-from meshd.peers.timing import LAN
+from meshd.peers.swim.members import MOST_INCARNATION
+from meshd.peers.swim.swim import Swim
+from meshd.peers.swim.timing import LAN
 from meshd.view import PeerState
 
 ME = NodeId("m")

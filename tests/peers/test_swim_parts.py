@@ -9,14 +9,14 @@ from dataclasses import fields
 import pytest
 
 from meshd.ids import NodeId
-from meshd.peers.agenda import Agenda
-from meshd.peers.awareness import MOST as MOST_SCORE
-from meshd.peers.awareness import Awareness
-from meshd.peers.broadcasts import MESSAGE_BYTES, MESSAGE_UPDATES, Broadcasts
-from meshd.peers.broadcasts import MOST as MOST_NEWS
-from meshd.peers.digests import BUCKETS, SYNC_BYTES, Buckets, bucket_of, chunks
-from meshd.peers.gossip import Alive, Dead, Suspect, Update, Why, encoded_size
-from meshd.peers.members import (
+from meshd.peers.swim.agenda import Agenda
+from meshd.peers.swim.awareness import MOST as MOST_SCORE
+from meshd.peers.swim.awareness import Awareness
+from meshd.peers.swim.broadcasts import MESSAGE_BYTES, MESSAGE_UPDATES, Broadcasts
+from meshd.peers.swim.broadcasts import MOST as MOST_NEWS
+from meshd.peers.swim.digests import BUCKETS, SYNC_BYTES, Buckets, bucket_of, chunks
+from meshd.peers.swim.gossip import Alive, Dead, Suspect, Update, Why, encoded_size
+from meshd.peers.swim.members import (
     BELIEVABLE_FIRST,
     BELIEVABLE_STEP,
     MOST_INCARNATION,
@@ -25,10 +25,10 @@ from meshd.peers.members import (
     joined,
     same_run,
 )
-from meshd.peers.roster import Roster
-from meshd.peers.suspicion import Suspicion
-from meshd.peers.throttle import Throttle
-from meshd.peers.timing import LAN, WAN, Timing
+from meshd.peers.swim.roster import Roster
+from meshd.peers.swim.suspicion import Suspicion
+from meshd.peers.swim.throttle import Throttle
+from meshd.peers.swim.timing import LAN, WAN, Timing
 from meshd.view import PeerState
 
 A, B, C = (NodeId(name) for name in "abc")

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from meshd.ids import NodeId
 from meshd.kernel.machine import Tick
-from meshd.peers.broadcasts import MESSAGE_BYTES
-from meshd.peers.gossip import (
+from meshd.peers.swim.broadcasts import MESSAGE_BYTES
+from meshd.peers.swim.gossip import (
     Ack,
     Alive,
     Dead,
@@ -35,8 +35,8 @@ from meshd.peers.gossip import (
     Update,
     encoded_size,
 )
-from meshd.peers.swim import Swim
-from meshd.peers.timing import LAN
+from meshd.peers.swim.swim import Swim
+from meshd.peers.swim.timing import LAN
 from meshd.view import PeerState
 
 ME = NodeId("m")

@@ -14,7 +14,9 @@ import pytest
 import uvloop
 
 from meshd.kernel import Pool
-from meshd.peers.certificates import (
+from meshd.peers.links.frames import FrameReader, parse
+from meshd.peers.protocol import ALPN_CTL, ALPN_JOIN, ALPN_RAW
+from meshd.peers.trust.certificates import (
     DAY_S,
     LIFETIME_S,
     PeerCertificate,
@@ -23,11 +25,9 @@ from meshd.peers.certificates import (
     certificate_pem,
     make_csr,
 )
-from meshd.peers.frames import FrameReader, parse
-from meshd.peers.identity import Identity
-from meshd.peers.membership import Grant, Membership
-from meshd.peers.protocol import ALPN_CTL, ALPN_JOIN, ALPN_RAW
-from meshd.peers.tls import client_context, joining_context, may_speak, reload_certificate
+from meshd.peers.trust.identity import Identity
+from meshd.peers.trust.membership import Grant, Membership
+from meshd.peers.trust.tls import client_context, joining_context, may_speak, reload_certificate
 from meshd.view import Role
 from tests.peers.reception import Reception, new_node
 

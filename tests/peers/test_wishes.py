@@ -8,8 +8,8 @@ import pytest
 
 from meshd.errors import BadConfig, BadInvite, JoinRefused
 from meshd.ids import MeshId
-from meshd.peers.invites import Invite, encode_invite
-from meshd.peers.membership import Membership
+from meshd.peers.joining.invites import Invite, encode_invite
+from meshd.peers.trust.membership import Membership
 from meshd.peers.wishes import Wishes, check_wishes, read_wishes
 from meshd.view import Role
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from meshd.ids import NodeId
 from meshd.kernel.machine import Tick
-from meshd.peers.gossip import (
+from meshd.peers.swim.gossip import (
     Ack,
     Alive,
     DialRefused,
@@ -37,8 +37,8 @@ from meshd.peers.gossip import (
     Sync,
     encoded_size,
 )
-from meshd.peers.swim import Swim
-from meshd.peers.timing import LAN, Timing
+from meshd.peers.swim.swim import Swim
+from meshd.peers.swim.timing import LAN, Timing
 from meshd.view import PeerState
 from tests.sim.network import Conditions, Network
 

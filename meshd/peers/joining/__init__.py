@@ -1,0 +1,1 @@
+"""How a node is let in and stays: invites, admission, renewal."""

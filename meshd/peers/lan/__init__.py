@@ -1,0 +1,1 @@
+"""What the local network says: addresses of this machine, members that announce themselves."""

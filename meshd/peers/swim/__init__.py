@@ -1,0 +1,1 @@
+"""Membership by SWIM: one pure machine, made of small ones."""

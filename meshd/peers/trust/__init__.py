@@ -1,0 +1,1 @@
+"""What a node is, and what it can prove: keys, certificates, signatures, who was revoked."""
