@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 
 from meshd.errors import MeshdError
 
+settings.register_profile("quick", deadline=None, max_examples=25)  # `make check`
 settings.register_profile("default", deadline=None, max_examples=100)
 settings.register_profile(
     "soak", deadline=None, max_examples=5000, suppress_health_check=[HealthCheck.too_slow]
