@@ -36,11 +36,21 @@ from meshd.kernel.logs import configure_logging
 from meshd.view import NodeState, NodeView, Role, Target, View
 
 if TYPE_CHECKING:
-    from meshd.api.admin import InviteBody
+    from meshd.api.admin import AdminServer, InviteBody
+    from meshd.peers.lan.discovery import Discovery
     from meshd.peers.mesh import MeshService
+    from meshd.peers.trust.identity import Identity
     from meshd.runtime.host import ModelHost
 
 log = logging.getLogger(__name__)
+
+_MODEL_ROOMS = (
+    "meshd.cache.weights",
+    "meshd.peers.trust.identity",
+    "meshd.runtime.host",
+    "meshd.runtime.registry",
+)
+_OTHER_ROOMS = ("meshd.api.admin", "meshd.peers.lan.discovery", "meshd.peers.mesh")
 
 SURVEY_INTERVAL_S = 30.0
 """How often devices and disk are looked at again for `meshd status`."""
@@ -125,43 +135,42 @@ class Node:
     # -- start ------------------------------------------------------------------------------------
 
     async def _start_rooms(self, stack: ServiceStack, api: ApiServer) -> None:
+        """Models that were asked for begin to load before the mesh is even imported. (A client is
+        asked for none: `MeshService.prepare` refuses that.)"""
+        config = self.config
+        await self._import(_MODEL_ROOMS)
+        from meshd.peers.trust.identity import load_or_create
+        from meshd.runtime.orphans import end_orphans
+
+        await self._pool.run(end_orphans, config.run_dir)
+        identity = await self._pool.run(load_or_create, config.data_dir)
+        self._set_node(id=identity.node_id)
+        if config.model:
+            await self._start_models(stack, api, hosts=True)
+        await self._import(_OTHER_ROOMS)
+        mesh, discovery = self._make_mesh(api, identity)
+        await self._pool.run(mesh.prepare)
+        role = Role.CLIENT if mesh.client else Role.MEMBER
+        self._set_node(peer_listen=mesh.peer_listen, role=role.value)
+        if not config.model:
+            await self._start_models(stack, api, hosts=not mesh.client)
+        await stack.start(self._make_admin(api))
+        await stack.start(mesh)
+        await stack.start(discovery)
+        await stack.start(_Survey(self._board, self._pool))
+
+    async def _import(self, modules: tuple[str, ...]) -> None:
         # In a thread, so that the API answers while all this is read from disk and compiled.
-        await self._pool.run(_import_rooms)
-        from meshd.api.admin import AdminServer, LoadBody, UnloadBody
+        await self._pool.run(lambda: [importlib.import_module(module) for module in modules])
+
+    async def _start_models(self, stack: ServiceStack, api: ApiServer, *, hosts: bool) -> None:
         from meshd.cache.references import model_id
         from meshd.cache.weights import inspect
-        from meshd.peers.lan.discovery import Discovery
-        from meshd.peers.mesh import MeshService
-        from meshd.peers.session import Needs
-        from meshd.peers.trust.identity import load_or_create
         from meshd.runtime.host import ModelHost, Rooms
-        from meshd.runtime.hosting import LoadOptions, WeightFacts
-        from meshd.runtime.orphans import end_orphans
+        from meshd.runtime.hosting import WeightFacts
         from meshd.runtime.registry import Registry
 
         config = self.config
-        await self._pool.run(end_orphans, config.run_dir)
-        identity = await self._pool.run(load_or_create, config.data_dir)
-        discovery = Discovery(config.mdns)
-        mesh = self._mesh = MeshService(
-            identity,
-            lambda service: Needs(
-                config=config,
-                board=self._board,
-                clock=self._clock,
-                rng=self._rng,
-                recorder=self._recorder,
-                spawn=lambda work: service.spawn(work, name="work"),
-                inflight=api.inflight,
-                serve_api=api.peer_protocol,
-            ),
-            self._pool,
-            discovery,
-        )
-        discovery.proposed = mesh.found_on_lan
-        await self._pool.run(mesh.prepare)
-        role = Role.CLIENT if mesh.client else Role.MEMBER
-        self._set_node(id=identity.node_id, peer_listen=mesh.peer_listen, role=role.value)
         registry = Registry(config.cache_dir)
         models_dir = config.cache_dir / "meshd" / "models"
 
@@ -176,7 +185,7 @@ class Node:
                 created_at=weights.created_at,
             )
 
-        models = ModelHost(
+        models = self._models = ModelHost(
             config,
             self._board,
             Rooms(
@@ -185,14 +194,48 @@ class Node:
                 model_id=model_id,
                 wait_idle=api.wait_idle,
                 last_request_at=api.last_request_at,
-                always_listed={} if mesh.client else {ModelId("builtin"): "builtin"},
-                hosts=not mesh.client,
+                always_listed={ModelId("builtin"): "builtin"} if hosts else {},
+                hosts=hosts,
             ),
             clock=self._clock,
             rng=self._rng,
             recorder=self._recorder,
             pool=self._pool,
         )
+        await stack.start(models)
+        for ref in config.model:
+            models.load(ref)
+
+    def _make_mesh(self, api: ApiServer, identity: Identity) -> tuple[MeshService, Discovery]:
+        from meshd.peers.lan.discovery import Discovery
+        from meshd.peers.mesh import MeshService
+        from meshd.peers.session import Needs
+
+        discovery = Discovery(self.config.mdns)
+        mesh = self._mesh = MeshService(
+            identity,
+            lambda service: Needs(
+                config=self.config,
+                board=self._board,
+                clock=self._clock,
+                rng=self._rng,
+                recorder=self._recorder,
+                spawn=lambda work: service.spawn(work, name="work"),
+                inflight=api.inflight,
+                serve_api=api.peer_protocol,
+            ),
+            self._pool,
+            discovery,
+        )
+        discovery.proposed = mesh.found_on_lan
+        return mesh, discovery
+
+    def _make_admin(self, api: ApiServer) -> AdminServer:
+        from meshd.api.admin import AdminServer, LoadBody, UnloadBody
+        from meshd.runtime.hosting import LoadOptions
+
+        models = self._models
+        assert models is not None, "the admin side comes after the models"
 
         def load(body: LoadBody) -> ModelId:
             return models.load(body.ref, LoadOptions(body.context, body.parallel))
@@ -200,22 +243,14 @@ class Node:
         def unload(body: UnloadBody) -> ModelId:
             return models.unload(body.model, body.drain_s)
 
-        admin = AdminServer(
-            config.admin_socket,
+        return AdminServer(
+            self.config.admin_socket,
             load=load,
             unload=unload,
             status=api.status,
             recorder=self._recorder,
             mesh=self,
         )
-        self._models = models
-        await stack.start(models)
-        await stack.start(admin)
-        await stack.start(mesh)
-        await stack.start(discovery)
-        await stack.start(_Survey(self._board, self._pool))
-        for ref in config.model:
-            models.load(ref)
 
     def _counts(self) -> Iterable[tuple[str, Mapping[str, str], float]]:
         """For `/metrics`, what is not the API's."""
@@ -363,20 +398,6 @@ class _Survey(Service):
                 view = self._board.current
                 self._board.publish(replace(view, devices=devices, cache=cache))
             await _wait_at_most(self.stopping, SURVEY_INTERVAL_S)
-
-
-def _import_rooms() -> None:
-    """What `_start_rooms` imports by name."""
-    for module in (
-        "meshd.api.admin",
-        "meshd.cache.weights",
-        "meshd.peers.lan.discovery",
-        "meshd.peers.trust.identity",
-        "meshd.peers.mesh",
-        "meshd.runtime.host",
-        "meshd.runtime.registry",
-    ):
-        importlib.import_module(module)
 
 
 async def _wait_at_most(event: asyncio.Event, seconds: float) -> None:
