@@ -46,7 +46,7 @@ def test_goals_take_the_largest_crowd_and_what_a_hop_adds() -> None:
         (0.7, "not reached"),
         (0, "reached"),
         (95, "not reached"),
-        (0.5, "reached"),
+        (3, "not reached"),
     ]
 
 
