@@ -216,6 +216,8 @@ def load(
         raise BadConfig(_explain(error, sources)) from None
     config = _with_key_file(config)
     _check_ports(config)
+    if config.client and config.model:
+        raise BadConfig("a client node hosts no models; leave --model out", param="model")
     _check_exposure(config)
     return Loaded(config, {k: v for k, v in sources.items() if v != "default"})
 

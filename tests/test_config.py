@@ -157,3 +157,8 @@ def test_hub_cache_follows_the_hubs_own_rules(monkeypatch: pytest.MonkeyPatch) -
     assert hub_cache_dir() == Path("/hf/hub")
     monkeypatch.setenv("HF_HUB_CACHE", "/cache")
     assert hub_cache_dir() == Path("/cache")
+
+
+def test_a_client_is_given_no_models(tmp_path: Path) -> None:
+    with pytest.raises(BadConfig, match="hosts no models"):
+        load({"client": True, "model": ("builtin",), "data_dir": str(tmp_path)}, environ=HOME)
