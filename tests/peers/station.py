@@ -171,6 +171,15 @@ class Station:
         model = self.board.current.models.get(ModelId(name))
         return () if model is None else model.targets
 
+    async def heard_by(self, other: Station, deadline_s: float = 20.0) -> None:
+        """Until `other` has dealt with all that was sent on the link to it: frames keep order."""
+        async with asyncio.timeout(deadline_s):
+            while True:
+                link = self.session.linking.links.get(other.id)
+                if link is not None and await self.session.linking._answers(link):
+                    return
+                await asyncio.sleep(0.02)
+
     async def until(
         self, condition: Callable[[], object], what: str, deadline_s: float = 10.0
     ) -> None:

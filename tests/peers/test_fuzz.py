@@ -225,8 +225,8 @@ async def test_what_floods_does_not_grow(nodes: tuple[Station, Station, Station]
             link.send({"t": "want", "nodes": made_up})
             link.send({"t": "load", "s": dict.fromkeys(made_up, 1)})
             if number % 50 == 0:
-                await asyncio.sleep(0.01)
-        await asyncio.sleep(0.2)
+                await evil.heard_by(victim)
+        await evil.heard_by(victim)
 
     await flood(50)
     gc.collect()
@@ -254,8 +254,7 @@ async def test_a_frame_as_large_as_may_be_is_read_and_a_larger_one_ends_the_link
     assert there is not None
     padding = CONTROL_LIMIT - len(frame({"t": "none", "x": ""})) + 4
     link.send({"t": "none", "x": "y" * padding})
-    link.send({"t": "echo", "n": 1})
-    await asyncio.sleep(0.3)
+    await evil.heard_by(victim)
     assert victim.session.linking.links.get(evil.id) is there
     link.send({"t": "none", "x": "y" * (padding + 1)})
     async with asyncio.timeout(5):
