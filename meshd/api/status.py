@@ -103,7 +103,8 @@ def _peer(peer: PeerView) -> dict[str, Any]:
         "version": peer.version,
         "role": peer.role.value,
         "draining": peer.draining,
-        "models": [model.id for model in peer.models],
+        # Those it works on; every member could load the built-in one.
+        "models": [m.id for m in peer.models if m.state is not ModelState.ABSENT],
         "devices": [asdict(device) for device in peer.devices],
     }
 

@@ -266,3 +266,13 @@ def test_events_of_the_mesh() -> None:
         }
     ]
     assert changes(before, replace(before, mesh=replace(before.mesh, issuer=True))) == []
+
+
+def test_what_a_node_could_load_is_not_what_it_works_on() -> None:
+    could = tuple(
+        PeerModel(ModelId(state.value), "x", state)
+        for state in (ModelState.ABSENT, ModelState.LOADING, ModelState.FAILED)
+    )
+    far = PeerView(NodeId("r" * 52), "far", PeerState.ALIVE, models=could)
+    (peer,) = status(View(node=node("near"), peers=(far,)), "", 0.0, {})["peers"]
+    assert peer["models"] == ["loading", "failed"]
