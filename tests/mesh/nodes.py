@@ -163,7 +163,7 @@ class Lan:
             engine_dir or self._engine_dir,
             *(() if mdns else ("--no-mdns",)),
             *flags,
-            **{**_SMALL_ENGINES, **environ},
+            **{**_ON_FEW_CORES, **environ},
         )
         self._nodes.append(node)
         return node
@@ -228,9 +228,14 @@ class Lan:
 
 Nodes = tuple[MeshNode, ...]
 
-_SMALL_ENGINES = {"MESHD_ENGINE__THREADS": "1"}
-"""Several engines share a few cores here: threads that spin while they wait for each other would
-hold all of them up for seconds."""
+_ON_FEW_CORES = {
+    # Threads of several engines that spin while they wait for each other would hold all of them up
+    # for seconds.
+    "MESHD_ENGINE__THREADS": "1",
+    # Daemons start by the dozen here: whatever the tests themselves run with, these need not be
+    # compiled each time.
+    "PYTHONDONTWRITEBYTECODE": "",
+}
 
 
 def _outcome(node: MeshNode) -> str:
