@@ -134,9 +134,9 @@ class MeshService(Service):
     # -- service ----------------------------------------------------------------------------------
 
     async def main(self) -> None:
-        self.ready.set()
         try:
-            await self._enter()
+            await self._enter()  # a join goes on behind it
+            self.ready.set()
             await self.stopping.wait()
         finally:
             await self._exit()
