@@ -193,6 +193,7 @@ class Bench:
         argv = [str(Path(sys.executable).with_name("meshd")), "run"]
         argv += ["--runtime-dir", str(runtime), "--model", str(self._places.weights)]
         argv += ["--listen", f"127.0.0.1:{port}", "--data-dir", str(work / "data")]
+        argv += ["--peer-listen", "127.0.0.1:0"]
         argv += ["--no-mdns", "--log-level", "warning"]
         settings = {"MESHD_ENGINE__PARALLEL": str(SLOTS), "XDG_CACHE_HOME": str(work / "cache")}
         child = self._stable.start(MESHD, argv, env=settings)

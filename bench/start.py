@@ -184,6 +184,7 @@ class Starts:
         port = free_port()
         argv = [str(Path(sys.executable).with_name("meshd")), "run", "--model", MODEL]
         argv += ["--runtime-dir", str(self._engine_dir), "--listen", f"127.0.0.1:{port}"]
+        argv += ["--peer-listen", "127.0.0.1:0"]
         argv += ["--data-dir", str(self._work / "data"), "--no-mdns", "--log-level", "warning"]
         began = time.monotonic()
         meshd = self._stable.start("meshd", argv, env={"XDG_CACHE_HOME": str(self._work / "cache")})

@@ -33,7 +33,8 @@ class Daemon:
         self.data_dir = data_dir
         self._command = [
             *(sys.executable, "-m", "meshd", "run", "--data-dir", str(data_dir)),
-            *("--listen", "127.0.0.1:0", "--runtime-dir", str(engine_dir), "--name", "testnode"),
+            *("--listen", "127.0.0.1:0", "--peer-listen", "127.0.0.1:0"),
+            *("--runtime-dir", str(engine_dir), "--name", "testnode"),
             *flags,
         ]
         self._environ = {
