@@ -21,7 +21,7 @@ test: system venv engine ## set everything up and run all checks and tests, as C
 	$(MAKE) --no-print-directory lint
 	$(PYTEST) $(ARGS)
 
-check: venv ## the quick gate: lint, types, import rules, unit tests (under 90 s on two cores)
+check: venv ## the quick gate: lint, types, import rules, unit tests (two minutes on two cores)
 	$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint unit
 
 .PHONY: lint
