@@ -12,6 +12,7 @@ import binascii
 from collections.abc import Callable
 from typing import Any, Final, assert_never
 
+from meshd.config import is_address
 from meshd.errors import ProtocolError
 from meshd.ids import NodeId
 from meshd.peers.swim.gossip import (
@@ -36,7 +37,7 @@ MAX_HASH: Final = 1 << 64
 MAX_UPDATES: Final = 64
 MAX_BUCKETS: Final = 64
 MAX_ADDRESSES: Final = 4
-MAX_ADDRESS_LENGTH: Final = 280
+MAX_ADDRESS_LENGTH: Final = 262
 SIGNATURE_BYTES: Final = 64
 
 _NODE_ID_ALPHABET: Final = frozenset("abcdefghijklmnopqrstuvwxyz234567")
@@ -199,10 +200,9 @@ def _list(value: Any, most: int, what: str) -> list[Any]:
 
 
 def _address(value: Any) -> str:
-    if type(value) is str and 3 <= len(value) <= MAX_ADDRESS_LENGTH and value.isascii():
-        host, _, port = value.rpartition(":")
-        if host and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65_536:
-            return value
+    short = type(value) is str and len(value) <= MAX_ADDRESS_LENGTH and value.isascii()
+    if short and is_address(value):
+        return str(value)
     raise ProtocolError("an address is HOST:PORT")
 
 
