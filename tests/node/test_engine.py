@@ -156,7 +156,11 @@ def test_two_models_at_once(make_daemon: DaemonFactory, short_dir: Path) -> None
         assert headers["x-meshd-route"] == "local"
     daemon.unload("other")
     wait_until(lambda: len(daemon.engines()) == 1, what="one engine less")
-    assert daemon.request("POST", "/v1/chat/completions", chat_body("other"))[0] == 404
+    # The child is gone a moment before the daemon has heard of it.
+    wait_until(
+        lambda: daemon.request("POST", "/v1/chat/completions", chat_body("other"))[0] == 404,
+        what="the model unknown",
+    )
     assert daemon.model("builtin")["state"] == "ready"
 
 
