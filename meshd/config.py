@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from meshd.errors import BadConfig
+from meshd.sizes import SIZE_OR_SHARE_PATTERN, SIZE_PATTERN
 
 ENVIRONMENT_PREFIX = "MESHD_"
 SECTION_SEPARATOR = "__"
@@ -106,6 +107,28 @@ class PeerSettings(Section):
     """Streams (relayed requests) that other nodes may have open here at once."""
 
 
+class CacheSettings(Section):
+    """[cache]: the weights on this machine."""
+
+    budget: Annotated[str, StringConstraints(pattern=SIZE_OR_SHARE_PATTERN)] | None = None
+    """How much the Hugging Face cache may take: a size such as `500GB`, or a share of its disk such
+    as `80%`. Models used longest ago go first when a new one needs room. Default: no limit."""
+    reserve: Annotated[str, StringConstraints(pattern=SIZE_OR_SHARE_PATTERN)] = "2GB"
+    """Free space that no download may touch."""
+    pins: tuple[str, ...] = ()
+    """REFs of models that are never removed to make room."""
+    workers: int = Field(4, ge=1, le=32)
+    """Transfers at once while a model is fetched. More helps against slow single connections."""
+    from_peers: bool = True
+    """Fetch from nodes that hold the weights verified, and serve them to others."""
+    stall_s: Annotated[float, Field(ge=1, le=3600)] = 60.0
+    """A source that sends nothing for this long is given up."""
+    scrub_days: Annotated[float, Field(ge=0, le=3650)] = 30.0
+    """Every file that was verified is hashed again in the background this often; 0 turns it off."""
+    scrub_rate: Annotated[str, StringConstraints(pattern=SIZE_PATTERN)] = "50MB"
+    """Bytes a second the background check reads at most."""
+
+
 class Config(Section):
     """The effective configuration. Top-level names are those of the flags of `meshd run`."""
 
@@ -143,6 +166,7 @@ class Config(Section):
     api: ApiSettings = ApiSettings()
     engine: EngineSettings = EngineSettings()
     peers: PeerSettings = PeerSettings()
+    cache: CacheSettings = CacheSettings()
 
     @property
     def listen_address(self) -> tuple[str, int]:
@@ -156,6 +180,16 @@ class Config(Section):
     def mesh_dir(self) -> Path:
         """Membership: certificates, invites, deny list, remembered addresses."""
         return self.data_dir / "mesh"
+
+    @property
+    def weights_dir(self) -> Path:
+        """What is known of the weights in the Hugging Face cache; made again when it is lost."""
+        return self.cache_dir / "meshd" / "weights"
+
+    @property
+    def models_dir(self) -> Path:
+        """Where the built-in model is made."""
+        return self.cache_dir / "meshd" / "models"
 
     @property
     def run_dir(self) -> Path:

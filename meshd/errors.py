@@ -129,6 +129,36 @@ class BrokenWeights(MeshdError):
         self.path = path
 
 
+class ModelAmbiguous(MeshdError):
+    """A name that means different weights on different nodes; the message gives the exact names."""
+
+    code, status = "model_ambiguous", 409
+
+
+class HubRefused(MeshdError):
+    """The hub said no and will say it again: no such repository, no access, no licence accepted."""
+
+    code, status = "hub_refused", 502
+
+
+class HubUnavailable(MeshdError):
+    """The hub cannot be reached, is not to be reached (offline), or is ill for now."""
+
+    code, status, retryable = "hub_unavailable", 503, True
+
+
+class NotInCache(MeshdError):
+    """A REF of which nothing is on this machine."""
+
+    code, status = "not_in_cache", 404
+
+
+class WeightsInUse(MeshdError):
+    """Weights that cannot be removed now: an engine runs on them, or something else needs them."""
+
+    code, status = "weights_in_use", 409
+
+
 # -- engines --------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from meshd.view.snapshots import (
     BinaryView,
     CacheView,
     DeviceView,
+    FetchView,
     HostView,
     MeshState,
     MeshView,
@@ -19,6 +20,7 @@ from meshd.view.snapshots import (
     RuntimeView,
     Target,
     View,
+    WeightsView,
 )
 from meshd.view.united import union, with_local, with_peers
 
@@ -26,6 +28,7 @@ __all__ = [
     "BinaryView",
     "CacheView",
     "DeviceView",
+    "FetchView",
     "HostView",
     "MeshState",
     "MeshView",
@@ -41,6 +44,7 @@ __all__ = [
     "RuntimeView",
     "Target",
     "View",
+    "WeightsView",
     "union",
     "with_local",
     "with_peers",

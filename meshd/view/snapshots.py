@@ -94,6 +94,19 @@ class HostView:
 
 
 @dataclass(frozen=True, slots=True)
+class FetchView:
+    """Weights on their way."""
+
+    done_bytes: int
+    total_bytes: int
+    bytes_per_s: float
+    eta_s: float | None
+    """None while nothing can be said."""
+    sources: tuple[tuple[str, int], ...] = ()
+    """Bytes got so far, by `hub` or name of node."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelView:
     id: ModelId
     ref: str
@@ -110,6 +123,8 @@ class ModelView:
     created_at: int = 0
     evidence: tuple[str, ...] = ()
     """Last lines of the engine, for a model that failed."""
+    fetch: FetchView | None = None
+    """Set while its weights are fetched or mended."""
     hosts: tuple[HostView, ...] = ()
     targets: tuple[Target, ...] = ()
 
@@ -161,6 +176,16 @@ class CacheView:
     used_bytes: int
     budget_bytes: int | None
     free_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsView:
+    """A set of weights that lies verified on this machine's disk."""
+
+    model: ModelId
+    ref: str
+    digest: str
+    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +247,8 @@ class PeerView:
     draining: bool = False
     devices: tuple[DeviceView, ...] = ()
     models: tuple[PeerModel, ...] = ()
+    weights: frozenset[str] = frozenset()
+    """Digests of the sets it says it holds verified."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,3 +269,5 @@ class View:
     """The part of `models` that is this node's own."""
     peers: tuple[PeerView, ...] = ()
     """All other nodes, tombstones included, by name."""
+    weights: tuple[WeightsView, ...] = ()
+    """What lies verified on this machine's disk, by model."""

@@ -1,0 +1,89 @@
+"""A manifest: what a model is, by its hub. Pure.
+
+Repository, revision and every file of the set with size and sha256, so that what is on disk can be
+judged without asking anybody. Manifests come from the hub's tree API or from peers, hence the
+bounds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Annotated, Final
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+MAX_SHARDS: Final = 1024
+"""The largest known set has fewer than 200 files."""
+
+RepoName = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}$")
+]
+Revision = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
+"""A commit: manifests never name a branch, whose content moves."""
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+RepoPath = Annotated[str, StringConstraints(pattern=r"^(?!.*(^|/)\.{1,2}(/|$))[^/\\\x00-\x1f]+(/[^/\\\x00-\x1f]+)*$",
+                                            max_length=1024)]  # fmt: skip
+"""Of a file, relative to the repository's root, with `/`; it can lead nowhere else."""
+
+
+class Shard(BaseModel):
+    """One file of a set."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    path: RepoPath
+    size: Annotated[int, Field(gt=0, le=1 << 46)]
+    """Bytes."""
+    sha256: Sha256
+    """The LFS oid; it is the name of the blob in the Hugging Face cache too."""
+
+    @property
+    def name(self) -> str:
+        """The file's own name."""
+        return self.path.rpartition("/")[2]
+
+
+class Manifest(BaseModel):
+    """One set of weights of one revision of one repository."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    repo: RepoName
+    revision: Revision
+    branch: Annotated[str, StringConstraints(pattern=r"^[\w./-]{1,200}$")] = "main"
+    """What was asked for; `refs/<branch>` in the Hugging Face cache names `revision`."""
+    shards: Annotated[tuple[Shard, ...], Field(min_length=1, max_length=MAX_SHARDS)]
+    """In order; one for a model that is not split."""
+    mmproj: Shard | None = None
+    """The projector for images or sound that belongs to it."""
+
+    @model_validator(mode="after")
+    def _paths_are_distinct(self) -> Manifest:
+        if len({shard.path for shard in self.files}) != len(self.files):
+            raise ValueError("a file stands twice")
+        return self
+
+    @property
+    def files(self) -> tuple[Shard, ...]:
+        """Everything that has to be on disk."""
+        return self.shards if self.mmproj is None else (*self.shards, self.mmproj)
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(shard.size for shard in self.files)
+
+    @property
+    def digest(self) -> str:
+        return set_digest(shard.sha256 for shard in self.shards)
+
+
+def set_digest(hashes: Iterable[str]) -> str:
+    """The digest of a set out of the sha256 of its shards, in order: `sha256:` and 64 hex digits.
+
+    That of a single file is the file's own; several are hashed as lines of hex.
+    """
+    lines = tuple(hashes)
+    if len(lines) == 1:
+        return f"sha256:{lines[0]}"
+    return "sha256:" + hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
