@@ -11,7 +11,14 @@ import hashlib
 from collections.abc import Iterable
 from typing import Annotated, Final
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 
 MAX_SHARDS: Final = 1024
 """The largest known set has fewer than 200 files."""
@@ -22,8 +29,19 @@ RepoName = Annotated[
 Revision = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
 """A commit: manifests never name a branch, whose content moves."""
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-RepoPath = Annotated[str, StringConstraints(pattern=r"^(?!.*(^|/)\.{1,2}(/|$))[^/\\\x00-\x1f]+(/[^/\\\x00-\x1f]+)*$",
-                                            max_length=1024)]  # fmt: skip
+
+
+def _stays_inside(path: str) -> str:
+    if any(part in ("", ".", "..") for part in path.split("/")):
+        raise ValueError("a path must lead to a file of the repository")
+    return path
+
+
+RepoPath = Annotated[
+    str,
+    StringConstraints(pattern=r"^[^\\\x00-\x1f]+$", max_length=1024),
+    AfterValidator(_stays_inside),
+]
 """Of a file, relative to the repository's root, with `/`; it can lead nowhere else."""
 
 

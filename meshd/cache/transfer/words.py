@@ -4,11 +4,11 @@ lines of news on its standard output. And what two nodes say over a stream of sh
 Streams (`docs/protocol.md`). Opened with `{"t":"open","service":"shard","sha256":…}`, answered by
 `Offer` or a refusal; then any of these, answered in order, at most two waiting at once:
 
-    {"t":"hashes"}                        -> {"t":"hashes","length":n}  and n bytes: 32 a chunk
-    {"t":"have"}                          -> {"t":"have","length":n}    and n bytes: one bit a chunk,
-                                             lowest first: what may be read
-    {"t":"read","offset":o,"length":l}    -> {"t":"data","length":l}    and l bytes
-                                          or {"t":"refused",…}: not there (any more)
+    {"t":"hashes"}                      -> {"t":"hashes","length":n}  and n bytes: 32 a chunk
+    {"t":"have"}                        -> {"t":"have","length":n}    and n bytes: one bit a chunk,
+                                           lowest first: what may be read
+    {"t":"read","offset":o,"length":l}  -> {"t":"data","length":l}    and l bytes
+                                        or {"t":"refused",…}: not there (any more)
 
 Opened with `{"t":"open","service":"manifest","ref":…}`, it is answered by
 `{"t":"open","manifests":[…]}` and ends.
