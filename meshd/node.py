@@ -33,7 +33,7 @@ from meshd.kernel import (
     ServiceStack,
 )
 from meshd.kernel.logs import configure_logging
-from meshd.view import NodeState, NodeView, Role, Target, View
+from meshd.view import NodeState, NodeView, Preparing, Role, Target, View
 
 if TYPE_CHECKING:
     from meshd.api.admin import AdminServer, InviteBody
@@ -174,8 +174,8 @@ class Node:
         registry = Registry(config.cache_dir)
         models_dir = config.cache_dir / "meshd" / "models"
 
-        def weight_facts(ref: str) -> WeightFacts:
-            weights = inspect(ref, models_dir)
+        async def prepare(ref: str, moved: Callable[[Preparing], None]) -> WeightFacts:
+            weights = await self._pool.run(inspect, ref, models_dir)
             return WeightFacts(
                 first_shard=str(weights.first_shard),
                 total_bytes=weights.total_bytes,
@@ -190,8 +190,8 @@ class Node:
             self._board,
             Rooms(
                 find_engine=lambda: registry.find(config.runtime_dir),
-                inspect=weight_facts,
-                model_id=model_id,
+                prepare=prepare,
+                identify=lambda ref: (model_id(ref), ref),
                 wait_idle=api.wait_idle,
                 last_request_at=api.last_request_at,
                 always_listed={ModelId("builtin"): "builtin"} if hosts else {},

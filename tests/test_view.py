@@ -22,6 +22,7 @@ from meshd.view import (
     PeerView,
     Target,
     View,
+    exact_name,
     union,
     with_local,
     with_peers,
@@ -123,22 +124,50 @@ def test_1_draining_does_not_hide_that_loading_failed() -> None:
     assert [h.state for h in model.hosts] == [ModelState.FAILED]
 
 
-def test_2_other_weights_under_the_same_name_are_left_out() -> None:
-    peers = (peer("a", theirs("ia", digest="x")), peer("b", theirs("ib", digest="y")))
-    assert instances(union(own(digest="y"), peers)) == ["own", "ib"]
-    assert instances(union({}, peers)) == ["ia"]
-    assert union({}, peers)[M].digest == "x"
+X, Y = "sha256:" + "11" * 32, "sha256:" + "22" * 32
+M_X, M_Y = exact_name(M, X), exact_name(M, Y)
 
 
-def test_2_the_first_known_digest_decides_for_the_rest() -> None:
-    peers = (
-        peer("a", theirs("ia")),
-        peer("b", theirs("ib", digest="x")),
-        peer("c", theirs("ic", digest="y")),
+def test_2_a_name_of_two_digests_serves_none_and_says_which_there_are() -> None:
+    peers = (peer("a", theirs("ia", digest=X)), peer("b", theirs("ib", digest=Y)))
+    models = union(own(digest=Y), peers)
+    assert list(models) == [M, M_X, M_Y]
+    plain = models[M]
+    assert (plain.targets, plain.ambiguous, plain.digest) == ((), (M_X, M_Y), None)
+    assert plain.reason == (
+        "`m` means different weights on different nodes; say which: "
+        "`m@111111111111` (name-a) or `m@222222222222` (here, name-b)"
     )
+    assert instances(models, M_X) == ["ia"]
+    assert instances(models, M_Y) == ["own", "ib"]
+    assert (models[M_X].digest, models[M_Y].digest) == (X, Y)
+
+
+def test_2_without_the_other_weights_the_name_is_good_again() -> None:
+    view = with_peers(with_local(View(node=NODE), own(digest=Y)), (peer("a", theirs(digest=X)),))
+    assert view.models[M].ambiguous
+    models = with_peers(view, ()).models
+    assert list(models) == [M]
+    assert not models[M].ambiguous
+
+
+def test_2_who_does_not_serve_its_weights_makes_no_name_ambiguous() -> None:
+    fetching = theirs(None, state=ModelState.FETCHING, digest=X)
+    models = union(own(digest=Y), (peer("a", fetching),))
+    assert list(models) == [M]
+    assert instances(models) == ["own"]
+    assert [h.node_id for h in models[M].hosts] == ["self"]
+    # and our own failure does not hide what others serve
+    failed = own(state=ModelState.FAILED, reason="no memory", digest=Y)
+    models = union(failed, (peer("a", theirs("ia", digest=X)),))
+    assert (instances(models), models[M].digest) == (["ia"], X)
+
+
+def test_2_weights_without_a_digest_go_with_those_that_have_one() -> None:
+    peers = (peer("a", theirs("ia")), peer("b", theirs("ib", digest=X)))
     models = union(own(), peers)
     assert instances(models) == ["own", "ia", "ib"]
-    assert models[M].digest == "x"
+    assert models[M].digest == X
 
 
 def test_3_nobody_can_pass_for_another_nodes_engine() -> None:
@@ -241,7 +270,7 @@ def test_whatever_peers_say(peers: list[PeerView], ours: bool, data: st.DataObje
     targets = [t for m in models.values() for t in m.targets]
     assert len({t.instance for t in targets}) == len(targets)
     for model in models.values():
-        assert all(t.model == model.id for t in model.targets)
+        assert all(t.model in (model.id, model.id.partition("@")[0]) for t in model.targets)
         assert model.targets or model.state is not ModelState.READY
         suspect = [
             t.node_id is not None and by_id[t.node_id].state is PeerState.SUSPECT
@@ -253,6 +282,9 @@ def test_whatever_peers_say(peers: list[PeerView], ours: bool, data: st.DataObje
                 PeerState.ALIVE,
                 PeerState.SUSPECT,
             )
+        assert not (model.ambiguous and model.targets)
+        assert all(models[exact].targets or models[exact].hosts for exact in model.ambiguous)
+    digest_of = {t.instance: m.digest for m in models.values() for t in m.targets}
     for target in targets:
         if target.local:
             continue
@@ -261,7 +293,9 @@ def test_whatever_peers_say(peers: list[PeerView], ours: bool, data: st.DataObje
         assert not source.draining
         assert target.slots > 0
         said = {m.digest for m in source.models if m.instance == target.instance}
-        assert said & {None, models[target.model].digest}
+        assert said & {None, digest_of[target.instance]}
     if ours:
-        assert models[M].targets[0] == local[M].targets[0]
-        assert models[M].digest == "x"
+        exact = exact_name(M, "x")
+        ours_now = models[exact] if models[M].ambiguous else models[M]
+        assert ours_now.targets[0] == local[M].targets[0]
+        assert ours_now.digest == "x"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from meshd.api import refusals
 from meshd.api.breaker import Fault
-from meshd.api.route import NOTHING, Broken, Failed, NotFound, NotReady, Route
+from meshd.api.route import NOTHING, Ambiguous, Broken, Failed, NotFound, NotReady, Route
 from meshd.api.upstream import Upstream
 from meshd.errors import MeshdError, UpstreamFailed, UpstreamTimeout
 from meshd.view import Target
@@ -141,7 +141,7 @@ class Attempts:
         outcome = self.relay.route(self.model, seen, own=self.from_peer)
         return isinstance(outcome, Target) and outcome.instance not in seen
 
-    def _unrouted(self, outcome: NotFound | NotReady | Failed | Broken) -> MeshdError:
+    def _unrouted(self, outcome: Ambiguous | NotFound | NotReady | Failed | Broken) -> MeshdError:
         if self.from_peer and isinstance(outcome, NotFound):
             return refusals.not_here(self.model)
         return refusals.of_route(self.model, outcome)

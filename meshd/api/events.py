@@ -10,6 +10,7 @@ import orjson
 from aiohttp.web_request import BaseRequest
 from aiohttp.web_response import StreamResponse
 
+from meshd.api.status import fetch
 from meshd.view import ModelView, PeerView, View
 
 QUEUE_LIMIT = 256
@@ -85,6 +86,7 @@ def _model_changes(old: View, new: View) -> Iterator[dict[str, Any]]:
                 "previous": None if before is None else before.state.value,
                 "reason": model.reason,
                 "progress": model.progress,
+                "fetch": None if model.fetch is None else fetch(model.fetch),
             }
     for model_id, model in old.models.items():
         if model_id not in new.models:
@@ -151,6 +153,8 @@ class EventHub:
                     b"event: %b\ndata: %b\n\n" % (event["type"].encode(), orjson.dumps(event))
                 )
             await answer.write_eof()
+        except ConnectionResetError:
+            pass  # it went while we wrote
         finally:
             self._subscribers.discard(queue)
         return answer

@@ -128,7 +128,8 @@ class Exchange(Attempts):
         self.arrived_at = relay.clock.now()
         relay.active.add(self)
         try:
-            self.model, self.stream = read_envelope(self.body)
+            name, self.stream = read_envelope(self.body)
+            self.model = relay.known_as(name, own=self.from_peer)
         except MeshdError as error:
             self._refuse(error)
             return

@@ -14,9 +14,8 @@ from aiohttp.web_response import Response, StreamResponse
 from meshd.api import metrics, refusals, status
 from meshd.api.events import EventHub
 from meshd.api.relay import Relay
-from meshd.api.route import route
+from meshd.api.route import find, route
 from meshd.errors import MeshdError, NotFound
-from meshd.ids import ModelId
 from meshd.kernel import Board, Clock
 from meshd.view import NodeState, Target, View
 
@@ -76,7 +75,7 @@ class ReadSide:
         """`/v1/models/{id}`; an id may contain slashes."""
         name = request.path.removeprefix(MODEL_PREFIX)
         view = self._board.current
-        model = view.models.get(ModelId(name))
+        model = find(name, view.models)
         if model is None:
             outcome = route(name, view.models, {}, self._relay.rng)
             assert not isinstance(outcome, Target)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import assert_never
 
 from meshd.api.admission import Refusal
-from meshd.api.route import Broken, Failed, NotFound, NotReady
+from meshd.api.route import Ambiguous, Broken, Failed, NotFound, NotReady
 from meshd.errors import (
     MeshdError,
+    ModelAmbiguous,
     ModelFailed,
     ModelLoading,
     ModelNotFound,
@@ -22,7 +23,7 @@ FAILED_RETRY_AFTER_S = 30.0
 DRAINING_RETRY_AFTER_S = 5.0
 
 
-def of_route(name: str, outcome: NotFound | NotReady | Failed | Broken) -> MeshdError:
+def of_route(name: str, outcome: Ambiguous | NotFound | NotReady | Failed | Broken) -> MeshdError:
     match outcome:
         case NotFound():
             return ModelNotFound(_not_found(name, outcome), param="model")
@@ -46,6 +47,8 @@ def of_route(name: str, outcome: NotFound | NotReady | Failed | Broken) -> Meshd
                     "reason": outcome.reason,
                 },
             )
+        case Ambiguous():
+            return ModelAmbiguous(outcome.reason, param="model")
         case Broken():
             return UpstreamFailed(
                 f"model `{outcome.model}` is served by nothing that works: {outcome.reason}; it is "

@@ -20,13 +20,21 @@ from meshd.api.admission import (
 from meshd.api.breaker import NONE_SHUT, Breakers
 from meshd.api.exchange import Exchange
 from meshd.api.pool import ConnectRemote, Pool
-from meshd.api.route import NOTHING, Route, route
+from meshd.api.route import NOTHING, Route, find, route
 from meshd.api.traffic import Traffic
 from meshd.config import ApiSettings
 from meshd.ids import InstanceId, ModelId, NodeId
 from meshd.kernel import Clock, FlightRecorder
 from meshd.kernel.machine import Tick
-from meshd.view import ModelState, ModelView, NodeState, PeerState, Target, View
+from meshd.view import (
+    ModelState,
+    ModelView,
+    NodeState,
+    PeerState,
+    Target,
+    View,
+    exact_name,
+)
 
 Capacity = int | Refusal | None
 """Slots, or why there is no queue, or None: not ready."""
@@ -168,6 +176,19 @@ class Relay:
         shut = breakers.shut(self.clock.now()) if breakers.troubled else NONE_SHUT
         models = self._own if own else self._models
         return route(name, models, self._inflight, self.rng, avoid, shut)
+
+    def known_as(self, name: str, *, own: bool) -> str:
+        """What `name` is queued, counted and routed under: one name for one set of weights.
+
+        A name that is exact without need is the plain one; another node's plain name for what is
+        ambiguous here is our exact one. `own`: as in `route`.
+        """
+        model = find(name, self._models)
+        if model is not None and model.ambiguous and own:
+            mine = self._own.get(model.id)
+            if mine is not None and mine.digest is not None:
+                return exact_name(mine.id, mine.digest)
+        return name if model is None else model.id
 
     def knows(self, name: str) -> bool:
         return name in self._models

@@ -9,7 +9,7 @@ from typing import Protocol, TypeAlias
 
 from meshd.api.breaker import NONE_SHUT, Shut
 from meshd.ids import InstanceId, ModelId
-from meshd.view import ModelState, ModelView, Target
+from meshd.view import ModelState, ModelView, Target, exact_name
 
 DEFAULT_RETRY_AFTER_S = 5.0
 CLOSE_NAMES = 3
@@ -55,7 +55,15 @@ class Broken:
     retry_after_s: float
 
 
-Route: TypeAlias = Target | NotFound | NotReady | Failed | Broken
+@dataclass(frozen=True, slots=True)
+class Ambiguous:
+    """Nodes mean different weights by that name."""
+
+    model: ModelId
+    reason: str
+
+
+Route: TypeAlias = Target | NotFound | NotReady | Failed | Broken | Ambiguous
 
 NOTHING: frozenset[InstanceId] = frozenset()
 
@@ -70,7 +78,8 @@ def route(
 ) -> Route:
     """The engine for a request that names `name`, or why there is none.
 
-    1. Nobody has the model: NotFound. A model is never answered by another one.
+    1. Nobody has the model: NotFound. A model is never answered by another one, and a name that
+       means several is answered by none: Ambiguous, with their exact names.
     2. It has targets: one of them, by `choose`. Any state with a target can be served.
        a. Those whose circuit is open are left out.
        b. If that leaves none, those of them that do answer, though with errors, are taken.
@@ -82,11 +91,13 @@ def route(
     `avoid`: engines that just broke under this very request; used only if there is no other.
     `shut`: engines with an open circuit.
     """
-    model = models.get(ModelId(name))
+    model = find(name, models)
     if model is None:  # 1
         names = list(models)
         close = difflib.get_close_matches(name[:256], names, n=CLOSE_NAMES, cutoff=0.5)
         return NotFound(tuple(close), bool(names))
+    if model.ambiguous:  # 1
+        return Ambiguous(model.id, model.reason or "say which")
     targets = model.targets
     if targets:  # 2
         if shut:
@@ -107,6 +118,16 @@ def route(
         model.progress,
         DEFAULT_RETRY_AFTER_S if model.retry_after_s is None else model.retry_after_s,
     )
+
+
+def find(name: str, models: Mapping[ModelId, ModelView]) -> ModelView | None:
+    """The model called `name`, which may be exact (`NAME@DIGITS`) where the name alone would do."""
+    model = models.get(ModelId(name))
+    if model is None and "@" in name:
+        candidate = models.get(ModelId(name.rpartition("@")[0]))
+        if candidate is not None and candidate.digest is not None:
+            return candidate if name == exact_name(candidate.id, candidate.digest) else None
+    return model
 
 
 def choose(

@@ -12,6 +12,7 @@ from typing import Any
 
 from meshd.ids import ModelId
 from meshd.view import (
+    FetchView,
     HostView,
     ModelState,
     ModelView,
@@ -55,7 +56,7 @@ def peers(view: View) -> list[dict[str, Any]]:
 
 
 def models(view: View, own_in_use: Mapping[ModelId, int]) -> list[dict[str, Any]]:
-    return [_model(view, model, own_in_use.get(model.id, 0)) for model in view.models.values()]
+    return [_model(view, model, own_in_use) for model in view.models.values()]
 
 
 def model_list(view: View) -> dict[str, Any]:
@@ -109,8 +110,10 @@ def _peer(peer: PeerView) -> dict[str, Any]:
     }
 
 
-def _model(view: View, model: ModelView, own_in_use: int) -> dict[str, Any]:
-    hosts = [_host_now(view, host, own_in_use) for host in model.hosts]
+def _model(view: View, model: ModelView, own_in_use: Mapping[ModelId, int]) -> dict[str, Any]:
+    # An engine of this node counts under its plain name, whatever the model is called here.
+    ours = next((t.model for t in model.targets if t.local), model.id)
+    hosts = [_host_now(view, host, own_in_use.get(ours, 0)) for host in model.hosts]
     state = model.state
     if state is ModelState.READY and all(h.state is ModelState.DRAINING for h in hosts) and hosts:
         state = ModelState.DRAINING
@@ -121,6 +124,8 @@ def _model(view: View, model: ModelView, own_in_use: int) -> dict[str, Any]:
         "state": state.value,
         "reason": model.reason,
         "progress": model.progress,
+        "ambiguous": list(model.ambiguous),
+        "fetch": None if model.fetch is None else fetch(model.fetch),
         "evidence": list(model.evidence),
         "hosts": [_host(host) for host in hosts],
     }
@@ -153,6 +158,11 @@ def _host(host: HostView) -> dict[str, Any]:
             "workers": [{"node": host.node, "share": 1.0, "bytes": host.bytes_on_disk}],
         },
     }
+
+
+def fetch(now: FetchView) -> dict[str, Any]:
+    """Weights on their way; `sources` maps `hub` and names of nodes to bytes."""
+    return {**asdict(now), "sources": dict(now.sources)}
 
 
 def _runtime(runtime: RuntimeView) -> dict[str, Any]:

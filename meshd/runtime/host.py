@@ -6,6 +6,7 @@ node.py wires.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 import random
@@ -21,6 +22,7 @@ from meshd.ids import InstanceId, ModelId
 from meshd.kernel import Board, Clock, Driver, FlightRecorder, Pool, Service
 from meshd.runtime.child_events import ChildState
 from meshd.runtime.hosting import (
+    AbandonWeights,
     AcceptLoad,
     Effect,
     EngineFound,
@@ -30,21 +32,31 @@ from meshd.runtime.hosting import (
     Event,
     FindEngine,
     Hosting,
-    InspectWeights,
     LoadAsked,
     LoadOptions,
+    PrepareWeights,
+    Preparing,
     RefuseLoad,
     StartEngine,
     StopEngine,
     UnloadAsked,
     WeightFacts,
     WeightsAccepted,
+    WeightsMoved,
     WeightsRejected,
 )
 from meshd.runtime.launch import LaunchSpec
 from meshd.runtime.record import RuntimeRecord
 from meshd.runtime.supervisor import EnginePlaces, EngineReport, EngineSupervisor
-from meshd.view import HostView, ModelState, ModelView, Target, View, with_local
+from meshd.view import (
+    HostView,
+    ModelState,
+    ModelView,
+    Preparing,
+    Target,
+    View,
+    with_local,
+)
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +71,12 @@ class Rooms:
     """What hosting needs of other rooms. The blocking ones are called in a pool."""
 
     find_engine: Callable[[], RuntimeRecord]
-    inspect: Callable[[str], WeightFacts]
-    """REF to facts; raises MeshdError with words when the weights cannot be used."""
-    model_id: Callable[[str], ModelId]
-    """REF to the name clients use; raises BadReference."""
+    prepare: Callable[[str, Callable[[Preparing], None]], Awaitable[WeightFacts]]
+    """Make the weights of a REF usable: check, fetch, mend them, saying how far it is. Raises
+    MeshdError: `retryable` if the trouble passes by itself, `retry_after_s` when to try again.
+    Cancelling it leaves what was got for the next time."""
+    identify: Callable[[str], tuple[ModelId, str]]
+    """REF to the name clients use, and to the one way of writing that REF; raises BadReference."""
     wait_idle: Callable[[InstanceId], Awaitable[None]]
     last_request_at: Callable[[InstanceId], float | None]
     always_listed: Mapping[ModelId, str]
@@ -104,6 +118,7 @@ class ModelHost(Service):
         self._tickets = itertools.count(1)
         self._refusals: dict[int, str] = {}
         self._attempts: dict[ModelId, int] = {}
+        self._preparing: dict[int, asyncio.Task[None]] = {}
         self.restarts = 0
         """Engines started again since the node began, all models together."""
         self._publish()
@@ -114,7 +129,7 @@ class ModelHost(Service):
         """Start loading; what becomes of it is in the view. Raises BadReference, InvalidRequest."""
         if not self._rooms.hosts:
             raise InvalidRequest("a client node hosts no models; load it on a member", param="ref")
-        model = self._rooms.model_id(ref)
+        model, ref = self._rooms.identify(ref)
         ticket = next(self._tickets)
         self._post(LoadAsked(ticket, model, ref, options))
         refusal = self._refusals.pop(ticket, None)
@@ -131,6 +146,11 @@ class ModelHost(Service):
                 return entry.model
         loaded = ", ".join(self._machine.entries) or "none"
         raise ModelNotFound(f"no model `{name}` is loaded here; loaded are: {loaded}")
+
+    def weights_in_use(self) -> frozenset[str]:
+        """Paths of first shards, and digests, that an engine runs on or is about to."""
+        facts = [e.facts for e in self._machine.entries.values() if e.facts is not None]
+        return frozenset(f.first_shard for f in facts) | {f.digest for f in facts if f.digest}
 
     # -- service ----------------------------------------------------------------------------------
 
@@ -157,8 +177,13 @@ class ModelHost(Service):
                 pass
             case RefuseLoad():
                 self._refusals[effect.ticket] = effect.reason
-            case InspectWeights():
-                self.spawn(self._inspect(effect), name=f"inspect {effect.model}")
+            case PrepareWeights():
+                number = effect.preparation
+                task = self.spawn(self._prepare(effect), name=f"prepare {effect.model}")
+                self._preparing[number] = task
+                task.add_done_callback(lambda _: self._preparing.pop(number, None))
+            case AbandonWeights():
+                self._preparing[effect.preparation].cancel()
             case FindEngine():
                 self.spawn(self._find_engine(), name="find engine")
             case StartEngine():
@@ -168,14 +193,22 @@ class ModelHost(Service):
             case _:
                 assert_never(effect)
 
-    async def _inspect(self, effect: InspectWeights) -> None:
+    async def _prepare(self, effect: PrepareWeights) -> None:
+        model, number = effect.model, effect.preparation
+
+        def moved(now: Preparing) -> None:
+            if number in self._preparing:
+                self._post(WeightsMoved(model, number, now))
+
         try:
-            facts = await self._pool.run(self._rooms.inspect, effect.ref)
+            facts = await self._rooms.prepare(effect.ref, moved)
         except MeshdError as error:
-            log.warning("model %s cannot be loaded: %s", effect.model, error.message)
-            self._post(WeightsRejected(effect.model, effect.inspection, error.message))
+            log.warning("model %s cannot be loaded: %s", model, error.message)
+            self._post(
+                WeightsRejected(model, number, error.message, error.retryable, error.retry_after_s)
+            )
         else:
-            self._post(WeightsAccepted(effect.model, effect.inspection, facts))
+            self._post(WeightsAccepted(model, number, facts))
 
     async def _find_engine(self) -> None:
         try:
@@ -208,6 +241,7 @@ class ModelHost(Service):
         spec = LaunchSpec(
             model=effect.model,
             weights=facts.first_shard,
+            mmproj=facts.mmproj,
             context=options.context or settings.context or min(trained, DEFAULT_CONTEXT_LIMIT),
             parallel=options.parallel or settings.parallel or DEFAULT_PARALLEL,
             threads=settings.threads,
@@ -253,13 +287,15 @@ class ModelHost(Service):
         self._board.publish(with_local(self._board.current, ordered))
 
     def _model_view(self, entry: Entry) -> ModelView:
-        facts, now = entry.facts, self._clock.now()
+        facts, now, preparing = entry.facts, self._clock.now(), entry.now
         engine = self._engines.get(entry.model)
         report = engine.report if engine is not None else None
         hosts: tuple[HostView, ...] = ()
         targets: tuple[Target, ...] = ()
         retry_at = entry.retry_at
+        progress = preparing.progress if preparing is not None else None
         if report is not None:
+            progress = report.progress
             retry_at = report.retry_at or retry_at
             hosts = (self._host_view(entry, report),)
             if entry.state is ModelState.READY and report.instance and report.socket_path:
@@ -275,13 +311,14 @@ class ModelHost(Service):
             ref=entry.ref,
             state=entry.state,
             reason=reason,
-            progress=report.progress if report is not None else None,
+            progress=progress,
             retry_after_s=max(1.0, retry_at - now) if retry_at is not None else None,
             digest=facts.digest if facts else None,
             context_length=report.context_length if report is not None else None,
             capabilities=facts.capabilities if facts else (),
             created_at=facts.created_at if facts else 0,
             evidence=report.evidence if report is not None else (),
+            fetch=preparing.fetch if preparing is not None else None,
             hosts=hosts,
             targets=targets,
         )

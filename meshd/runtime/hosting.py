@@ -3,24 +3,28 @@
 One entry a model, in one of the states of `ModelState`:
 
     ABSENT ──LoadAsked──> VERIFYING ──WeightsAccepted──> LOADING ──> READY
+                          FETCHING                          │          │
                              │  ▲                           │          │
               WeightsRejected│  │Tick, LoadAsked            │          │UnloadAsked
                              ▼  │                           ▼          ▼
-                            FAILED <───engine gave up─── (engine)   DRAINING ──> ABSENT
+                  FAILED, WAITING <──engine gave up───── (engine)   DRAINING ──> ABSENT
 
 Rules, numbered as in the code:
 
 1. A load of a model that is not there starts with its weights: what was not checked reaches no
-   engine.
+   engine. Making them ready may mean fetching and mending them; what it is at is said meanwhile.
 2. A load of a model that is there is a retry if it failed, a restart if its options differ, and
    otherwise nothing. The same name with other weights is refused.
 3. Without an engine on this machine a verified model waits, with the reason; the engine is looked
    for again every `ENGINE_RECHECK_S`.
-4. Weights that were refused are looked at again every `WEIGHTS_RECHECK_S`: the cheap checks take
-   milliseconds, and a file that was put back should need no command. The model stays FAILED
-   meanwhile: nothing is known to be better yet.
+4. Weights that were refused are tried again when whoever refused them said so, or not before
+   somebody loads the model again: a file that was put back should need no command, and a hub that
+   said no should not be asked for ever. The model stays FAILED meanwhile: nothing is known to be
+   better yet. For a trouble that passes by itself (the hub cannot be reached) it is WAITING, and
+   waits longer each time.
 5. An unload stops the engine after its requests; a load that comes meanwhile wins.
 6. Every load asked for is answered exactly once, accepted or refused, at once.
+7. Weights that nobody waits for any more are abandoned: a fetch ends with the wish for it.
 """
 
 from __future__ import annotations
@@ -32,10 +36,11 @@ from typing import assert_never
 
 from meshd.ids import ModelId
 from meshd.kernel.machine import Tick
-from meshd.view import ModelState
+from meshd.view import ModelState, Preparing
 
 ENGINE_RECHECK_S = 15.0
-WEIGHTS_RECHECK_S = 30.0
+WEIGHTS_BACKOFF_S = (5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 300.0)
+"""Waits after troubles that pass, one after the other; the last one goes on."""
 
 Ticket = int
 
@@ -60,6 +65,8 @@ class WeightFacts:
     capabilities: tuple[str, ...]
     digest: str | None
     created_at: int
+    mmproj: str | None = None
+    """Path of the projector for images or sound."""
 
 
 # -- events ---------------------------------------------------------------------------------------
@@ -80,17 +87,30 @@ class UnloadAsked:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightsMoved:
+    """The preparation goes on; never its end."""
+
+    model: ModelId
+    preparation: int
+    now: Preparing
+
+
+@dataclass(frozen=True, slots=True)
 class WeightsAccepted:
     model: ModelId
-    inspection: int
+    preparation: int
     facts: WeightFacts
 
 
 @dataclass(frozen=True, slots=True)
 class WeightsRejected:
     model: ModelId
-    inspection: int
+    preparation: int
     reason: str
+    passing: bool = False
+    """The trouble is expected to go by itself."""
+    retry_after_s: float | None = None
+    """When to try again; None: not by itself, or if it is passing, after the next back-off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +135,7 @@ class EngineReported:
 Event = (
     LoadAsked
     | UnloadAsked
+    | WeightsMoved
     | WeightsAccepted
     | WeightsRejected
     | EngineFound
@@ -139,12 +160,20 @@ class RefuseLoad:
 
 
 @dataclass(frozen=True, slots=True)
-class InspectWeights:
-    """Ends in WeightsAccepted or WeightsRejected of the same `inspection`."""
+class PrepareWeights:
+    """Ends in WeightsAccepted or WeightsRejected of the same `preparation`, or is abandoned."""
 
     model: ModelId
     ref: str
-    inspection: int
+    preparation: int
+
+
+@dataclass(frozen=True, slots=True)
+class AbandonWeights:
+    """Nobody waits for that preparation any more; what it got so far may stay."""
+
+    model: ModelId
+    preparation: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +196,15 @@ class StopEngine:
     drain_s: float
 
 
-Effect = AcceptLoad | RefuseLoad | InspectWeights | FindEngine | StartEngine | StopEngine
+Effect = (
+    AcceptLoad
+    | RefuseLoad
+    | PrepareWeights
+    | AbandonWeights
+    | FindEngine
+    | StartEngine
+    | StopEngine
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +218,12 @@ class Entry:
     reason: str | None = None
     facts: WeightFacts | None = None
     wanted: bool = True
-    inspection: int | None = None
-    """Number of the inspection that runs; answers to any other are of the past."""
+    preparation: int | None = None
+    """Number of the preparation that runs; answers to any other are of the past."""
+    now: Preparing | None = None
+    """How far that is, once it said so."""
+    setbacks: int = 0
+    """Passing troubles in a row."""
     engine: bool = False
     """An engine was started and has not reported ABSENT."""
     stopping: bool = False
@@ -196,7 +237,7 @@ class Hosting:
     def __init__(self, *, restart_drain_s: float) -> None:
         self._restart_drain_s = restart_drain_s
         self._entries: dict[ModelId, Entry] = {}
-        self._inspections = 0
+        self._preparations = 0
         self._engine_known = False
         self._engine_reason = "looking for an engine on this machine"
         self._engine_recheck_at: float | None = None
@@ -217,6 +258,8 @@ class Hosting:
                 return self._load(event)
             case UnloadAsked():
                 return self._unload(event)
+            case WeightsMoved():
+                return self._moved(event)
             case WeightsAccepted():
                 return self._verified(event)
             case WeightsRejected():
@@ -249,12 +292,12 @@ class Hosting:
         if entry.engine and (not entry.wanted or entry.options != event.options):  # 2, 5
             stopping = replace(entry, wanted=True, options=event.options)
             return [accept, self._end(stopping, "restarting with other options")]
-        if entry.state is ModelState.FAILED:  # 2
-            retry = replace(entry, wanted=True, options=event.options)
-            if entry.engine:
-                return [accept, self._end(retry, "trying again", drain_s=0.0)]
+        retry = replace(entry, wanted=True, options=event.options)
+        if entry.state is ModelState.FAILED and entry.engine:  # 2
+            return [accept, self._end(retry, "trying again", drain_s=0.0)]
+        if entry.preparation is None and (entry.state is ModelState.FAILED or _is_set_back(entry)):
             return [accept, self._verify(retry)]
-        self._entries[entry.model] = replace(entry, wanted=True, options=event.options)
+        self._entries[entry.model] = retry
         return [accept]
 
     def _unload(self, event: UnloadAsked) -> list[Effect]:
@@ -263,6 +306,8 @@ class Hosting:
             return []
         if not entry.engine:
             del self._entries[event.model]
+            if entry.preparation is not None:
+                return [AbandonWeights(entry.model, entry.preparation)]  # 7
             return []
         return [self._end(replace(entry, wanted=False), "unloading", drain_s=event.drain_s)]  # 5
 
@@ -273,37 +318,47 @@ class Hosting:
     # -- weights ----------------------------------------------------------------------------------
 
     def _verify(self, entry: Entry) -> Effect:
-        self._put(entry, ModelState.VERIFYING, "checking the weights")
-        return self._inspect(self._entries[entry.model])
+        self._put(replace(entry, setbacks=0), _VERIFYING, "checking the weights")
+        return self._prepare(self._entries[entry.model])
 
-    def _inspect(self, entry: Entry) -> Effect:
-        self._inspections += 1
-        self._entries[entry.model] = replace(entry, inspection=self._inspections, retry_at=None)
-        return InspectWeights(entry.model, entry.ref, self._inspections)
+    def _prepare(self, entry: Entry) -> Effect:
+        self._preparations += 1
+        number = self._preparations
+        self._entries[entry.model] = replace(entry, preparation=number, facts=None, retry_at=None)
+        return PrepareWeights(entry.model, entry.ref, number)
+
+    def _moved(self, event: WeightsMoved) -> list[Effect]:
+        entry = self._entries.get(event.model)
+        if entry is not None and entry.preparation == event.preparation:
+            self._put(replace(entry, now=event.now), event.now.state, event.now.reason)
+        return []
 
     def _verified(self, event: WeightsAccepted) -> list[Effect]:
         entry = self._entries.get(event.model)
-        if entry is None or entry.inspection != event.inspection:
+        if entry is None or entry.preparation != event.preparation:
             return []
-        self._put(replace(entry, facts=event.facts, inspection=None), ModelState.VERIFYING, None)
+        ready = replace(entry, facts=event.facts, preparation=None, now=None, setbacks=0)
+        self._put(ready, _VERIFYING, None)
         return self._launch(self._entries[event.model])
 
     def _rejected(self, event: WeightsRejected, now: float) -> list[Effect]:
         entry = self._entries.get(event.model)
-        if entry is None or entry.inspection != event.inspection:
+        if entry is None or entry.preparation != event.preparation:
             return []
-        self._put(
-            replace(entry, inspection=None),
-            ModelState.FAILED,
-            event.reason,
-            retry_at=now + WEIGHTS_RECHECK_S,  # 4
-        )
+        wait_s, state, setbacks = event.retry_after_s, ModelState.FAILED, 0
+        if event.passing:
+            state, setbacks = _WAITING, entry.setbacks + 1
+            last = len(WEIGHTS_BACKOFF_S) - 1
+            wait_s = max(wait_s or 0.0, WEIGHTS_BACKOFF_S[min(entry.setbacks, last)])
+        refused = replace(entry, preparation=None, now=None, setbacks=setbacks)
+        retry_at = None if wait_s is None else now + wait_s
+        self._put(refused, state, event.reason, retry_at=retry_at)  # 4
         return []
 
     # -- engines ----------------------------------------------------------------------------------
 
     def _launch(self, entry: Entry) -> list[Effect]:
-        if entry.facts is None or entry.engine or entry.inspection is not None:
+        if entry.facts is None or entry.engine or entry.preparation is not None:
             return []
         if entry.state not in (_VERIFYING, _WAITING):
             return []
@@ -318,8 +373,8 @@ class Hosting:
         self._engine_known, self._engine_reason = False, reason
         self._engine_recheck_at = now + ENGINE_RECHECK_S  # 3
         for entry in tuple(self._entries.values()):
-            if entry.state is ModelState.WAITING:
-                self._put(entry, ModelState.WAITING, reason)
+            if entry.state is _WAITING and entry.facts is not None:
+                self._put(entry, _WAITING, reason)
         return []
 
     def _reported(self, event: EngineReported) -> list[Effect]:
@@ -346,7 +401,7 @@ class Hosting:
         overdue = [
             e for e in self._entries.values() if e.retry_at is not None and e.retry_at <= now
         ]
-        effects.extend(self._inspect(entry) for entry in overdue)  # 4
+        effects.extend(self._prepare(entry) for entry in overdue)  # 4
         return effects
 
     def _for_each(self, rule: Callable[[Entry], list[Effect]]) -> list[Effect]:
@@ -361,6 +416,11 @@ class Hosting:
         retry_at: float | None = None,
     ) -> None:
         self._entries[entry.model] = replace(entry, state=state, reason=reason, retry_at=retry_at)
+
+
+def _is_set_back(entry: Entry) -> bool:
+    """Whether it waits for a trouble with its weights to pass."""
+    return entry.state is ModelState.WAITING and entry.facts is None
 
 
 _VERIFYING = ModelState.VERIFYING

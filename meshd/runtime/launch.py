@@ -21,6 +21,8 @@ class LaunchSpec:
     """Tokens per slot."""
     parallel: int
     """Slots."""
+    mmproj: str | None = None
+    """Path of the projector for images or sound that belongs to the weights."""
     gpu_layers: int | None = None
     """Layers on the device; None leaves it to the engine, which fits them to free memory."""
     kv_type: str | None = None
@@ -41,6 +43,8 @@ def server_argv(
     argv = [binary, "--model", spec.weights, "--alias", f"{name},{name}{instance}"]
     argv += ["--host", socket_name, "--ctx-size", str(spec.context * spec.parallel)]
     argv += ["--parallel", str(spec.parallel)]
+    if spec.mmproj is not None:
+        argv += ["--mmproj", spec.mmproj]
     if spec.gpu_layers is not None:
         argv += ["--n-gpu-layers", str(spec.gpu_layers)]
     if spec.kv_type is not None:

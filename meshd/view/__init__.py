@@ -15,6 +15,7 @@ from meshd.view.snapshots import (
     PeerModel,
     PeerState,
     PeerView,
+    Preparing,
     ProofView,
     Role,
     RuntimeView,
@@ -22,7 +23,7 @@ from meshd.view.snapshots import (
     View,
     WeightsView,
 )
-from meshd.view.united import union, with_local, with_peers
+from meshd.view.united import exact_name, union, with_local, with_peers
 
 __all__ = [
     "BinaryView",
@@ -39,12 +40,14 @@ __all__ = [
     "PeerModel",
     "PeerState",
     "PeerView",
+    "Preparing",
     "ProofView",
     "Role",
     "RuntimeView",
     "Target",
     "View",
     "WeightsView",
+    "exact_name",
     "union",
     "with_local",
     "with_peers",

@@ -107,6 +107,18 @@ class FetchView:
 
 
 @dataclass(frozen=True, slots=True)
+class Preparing:
+    """How far weights are on their way to being usable."""
+
+    state: ModelState
+    """FETCHING, VERIFYING, or WAITING for somebody else who fetches them."""
+    reason: str
+    progress: float | None = None
+    """0..1"""
+    fetch: FetchView | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelView:
     id: ModelId
     ref: str
@@ -123,6 +135,8 @@ class ModelView:
     created_at: int = 0
     evidence: tuple[str, ...] = ()
     """Last lines of the engine, for a model that failed."""
+    ambiguous: tuple[ModelId, ...] = ()
+    """The exact names, if nodes mean different weights by this one; it then has no targets."""
     fetch: FetchView | None = None
     """Set while its weights are fetched or mended."""
     hosts: tuple[HostView, ...] = ()

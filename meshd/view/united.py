@@ -21,6 +21,9 @@ from meshd.view.snapshots import (
 
 T = TypeVar("T")
 
+EXACT_DIGITS = 12
+"""Hex digits of a digest in an exact name."""
+
 
 def with_local(view: View, local: Mapping[ModelId, ModelView]) -> View:
     """`view` with other models of this node."""
@@ -60,8 +63,10 @@ def union(
     The order of `peers` does not matter: they count in the order of their ids.
 
     1. Of nodes that are dead or left nothing counts; a draining node's engines take no requests.
-    2. One name is one digest: this node's, else the first peer's that has one. Weights that differ
-       are left out of it: a request must not be answered by another model than it named.
+    2. One name is one digest. If nodes mean different weights by it, the name itself is served by
+       nobody and says so, and each digest has a name of its own (`exact_name`): a request must not
+       be answered by another model than it named. Only who serves its weights makes a name
+       ambiguous for others: not who is still fetching, or failed.
     3. One instance is one node's: this one's, else the first peer's. Whoever names it after that
        offers no target, so that nobody can pass for another node's engine.
     4. Engines of suspects are targets only of models that nobody else serves.
@@ -71,23 +76,67 @@ def union(
     if not reachable:
         return local
     taken = {t.instance for model in local.values() for t in model.targets}
-    digests = {name: model.digest for name, model in local.items()}
     found: dict[ModelId, list[_Found]] = {}
     for peer in sorted(reachable, key=lambda p: p.id):
         for theirs in peer.models:
-            digest = digests.get(theirs.id)
-            if digest is None:
-                digests[theirs.id] = theirs.digest
-            elif theirs.digest is not None and theirs.digest != digest:  # 2
-                continue
             target = None if theirs.instance in taken else _target(peer, theirs)  # 3
             if target is not None:
                 taken.add(target.instance)
             found.setdefault(theirs.id, []).append((peer, theirs, target))
     models = dict(local)
     for name, parts in found.items():
-        models[name] = _joined(local.get(name), parts, digests[name])
+        ours = local.get(name)
+        digests = _digests(ours, parts)
+        if len(digests) > 1:  # 2
+            models.update(_apart(name, ours, parts, digests))
+            continue
+        digest = next(iter(digests), None)
+        same = [part for part in parts if part[1].digest in (None, digest)]
+        own = ours if ours is None or ours.digest in (None, digest) else None
+        if same or own is not ours:
+            models[name] = _joined(own, same, digest)
     return MappingProxyType(dict(sorted(models.items())))
+
+
+def exact_name(name: ModelId, digest: str) -> ModelId:
+    """The name of those weights and no others, for when `name` alone means several."""
+    return ModelId(f"{name}@{digest.removeprefix('sha256:')[:EXACT_DIGITS]}")
+
+
+def _digests(ours: ModelView | None, parts: list[_Found]) -> tuple[str, ...]:
+    """What a name means, in a stable order: the weights that are served, or if there are none,
+    those of whom we know most."""
+    everybody: list[ModelView | PeerModel] = [theirs for _, theirs, _ in parts]
+    if ours is not None:
+        everybody.append(ours)
+    known = [(m.digest, m.state) for m in everybody if m.digest is not None]
+    served = {d for d, state in known if state in (ModelState.READY, ModelState.DRAINING)}
+    if served:
+        return tuple(sorted(served))
+    return tuple(digest for digest, _ in known[-1:])  # ours, or the last peer's
+
+
+def _apart(
+    name: ModelId, ours: ModelView | None, parts: list[_Found], digests: tuple[str, ...]
+) -> Mapping[ModelId, ModelView]:
+    """The models that one name means, each by its exact name, and the name, which serves none."""
+    apart: dict[ModelId, ModelView] = {}
+    for digest in digests:
+        same = [part for part in parts if part[1].digest == digest]
+        own = ours if ours is not None and ours.digest == digest else None
+        exact = exact_name(name, digest)
+        apart[exact] = replace(_joined(own, same, digest) if same or own is None else own, id=exact)
+    names = tuple(apart)
+    joined = _joined(ours, parts, None)
+    apart[name] = replace(
+        joined,
+        state=ModelState.FAILED,
+        reason=f"`{name}` means different weights on different nodes; say which: "
+        + " or ".join(f"`{n}` ({', '.join(h.node for h in apart[n].hosts)})" for n in names),
+        targets=(),
+        ambiguous=names,
+    )
+    return apart
 
 
 _Found: TypeAlias = tuple[PeerView, PeerModel, Target | None]

@@ -144,6 +144,8 @@ def test_status_of_a_mesh() -> None:
             "state": "ready",
             "reason": None,
             "progress": None,
+            "ambiguous": [],
+            "fetch": None,
             "evidence": [],
             "hosts": [host("node-a", free=1), host("node-b", free=1)],
         }

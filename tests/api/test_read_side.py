@@ -117,6 +117,7 @@ async def test_events_tell_changes(api: Api) -> None:
         "previous": "ready",
         "reason": "reading",
         "progress": 0.5,
+        "fetch": None,
     }
 
 

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from meshd.api.breaker import Shut
 from meshd.api.refusals import of_route
-from meshd.api.route import Broken, Failed, NotFound, NotReady, choose, route
+from meshd.api.route import Ambiguous, Broken, Failed, NotFound, NotReady, choose, route
 from meshd.ids import InstanceId, ModelId, NodeId
 from meshd.view import ModelState, ModelView, Target
 from tests.api.scripted import model_view
@@ -42,6 +43,25 @@ def test_unknown_model_names_close_ones() -> None:
 
 def test_a_model_is_never_answered_by_another() -> None:
     assert isinstance(route("other", view(model_view(target("i"))), {}, RNG), NotFound)
+
+
+def test_a_name_of_several_weights_is_answered_by_none() -> None:
+    several = replace(
+        model_view(reason="say which: `m@1` or `m@2`"), ambiguous=(ModelId("m@1"), ModelId("m@2"))
+    )
+    outcome = route("m", view(several), {}, RNG)
+    assert outcome == Ambiguous(ModelId("m"), "say which: `m@1` or `m@2`")
+    error = of_route("m", outcome)
+    assert (error.status, error.code, error.param) == (409, "model_ambiguous", "model")
+    assert "`m@2`" in error.message
+
+
+def test_an_exact_name_finds_those_weights_and_no_others() -> None:
+    digest = "sha256:" + "ab" * 32
+    models = view(replace(model_view(target("i")), digest=digest))
+    assert route("m@abababababab", models, {}, RNG) == target("i")
+    for other in ("m@abababababac", "m@ab", "m@", "n@abababababab", "m@" + "ab" * 32):
+        assert isinstance(route(other, models, {}, RNG), NotFound)
 
 
 def test_not_ready_says_what_it_waits_for() -> None:

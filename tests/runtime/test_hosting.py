@@ -10,7 +10,8 @@ from meshd.ids import ModelId
 from meshd.kernel.machine import Tick
 from meshd.runtime.hosting import (
     ENGINE_RECHECK_S,
-    WEIGHTS_RECHECK_S,
+    WEIGHTS_BACKOFF_S,
+    AbandonWeights,
     AcceptLoad,
     Effect,
     EngineFound,
@@ -18,22 +19,27 @@ from meshd.runtime.hosting import (
     EngineReported,
     FindEngine,
     Hosting,
-    InspectWeights,
     LoadAsked,
     LoadOptions,
+    PrepareWeights,
     RefuseLoad,
     StartEngine,
     StopEngine,
     UnloadAsked,
     WeightFacts,
     WeightsAccepted,
+    WeightsMoved,
     WeightsRejected,
 )
-from meshd.view import ModelState
+from meshd.view import FetchView, ModelState, Preparing
 
 M = ModelId("m")
 REF = "/models/m.gguf"
 FACTS = WeightFacts(REF, 5_000_000, 4096, ("completion",), None, 0)
+WAITING = ModelState.WAITING
+FETCHING = Preparing(
+    ModelState.FETCHING, "fetching 1 of 4 GB", 0.25, FetchView(10**9, 4 * 10**9, 1e8, 30.0)
+)
 
 
 @pytest.fixture
@@ -56,7 +62,7 @@ def serve(hosting: Hosting) -> None:
 
 def test_a_load_starts_with_the_weights(hosting: Hosting) -> None:
     hosting.handle(EngineFound(), 0.0)
-    assert hosting.handle(LoadAsked(7, M, REF), 0.0) == [AcceptLoad(7), InspectWeights(M, REF, 1)]
+    assert hosting.handle(LoadAsked(7, M, REF), 0.0) == [AcceptLoad(7), PrepareWeights(M, REF, 1)]
     assert state(hosting) is ModelState.VERIFYING
     assert hosting.handle(WeightsAccepted(M, 1, FACTS), 0.1) == [
         StartEngine(M, FACTS, LoadOptions())
@@ -67,13 +73,14 @@ def test_a_load_starts_with_the_weights(hosting: Hosting) -> None:
     assert hosting.due() is None
 
 
-def test_an_answer_of_an_earlier_inspection_is_of_the_past(hosting: Hosting) -> None:
+def test_an_answer_of_an_earlier_preparation_is_of_the_past(hosting: Hosting) -> None:
     hosting.handle(EngineFound(), 0.0)
     hosting.handle(LoadAsked(1, M, "/old/m.gguf"), 0.0)
-    hosting.handle(UnloadAsked(M, 0.0), 0.0)
+    assert hosting.handle(UnloadAsked(M, 0.0), 0.0) == [AbandonWeights(M, 1)]
     hosting.handle(LoadAsked(2, M, REF), 0.0)
     assert hosting.handle(WeightsAccepted(M, 1, FACTS), 0.1) == []
     assert hosting.handle(WeightsRejected(M, 1, "gone"), 0.1) == []
+    assert hosting.handle(WeightsMoved(M, 1, FETCHING), 0.1) == []
     assert state(hosting) is ModelState.VERIFYING
 
 
@@ -100,14 +107,14 @@ def test_a_second_waiting_model_does_not_look_for_the_engine_again(hosting: Host
 def test_refused_weights_fail_and_are_looked_at_again(hosting: Hosting) -> None:
     hosting.handle(EngineFound(), 0.0)
     hosting.handle(LoadAsked(1, M, REF), 0.0)
-    hosting.handle(WeightsRejected(M, 1, "shard 3 is missing"), 10.0)
+    hosting.handle(WeightsRejected(M, 1, "shard 3 is missing", retry_after_s=30.0), 10.0)
     assert (state(hosting), hosting.entries[M].reason) == (ModelState.FAILED, "shard 3 is missing")
-    assert hosting.due() == 10.0 + WEIGHTS_RECHECK_S
+    assert hosting.due() == 40.0
     assert hosting.handle(Tick(), 39.0) == []
-    assert hosting.handle(Tick(), 40.0) == [InspectWeights(M, REF, 2)]
+    assert hosting.handle(Tick(), 40.0) == [PrepareWeights(M, REF, 2)]
     assert state(hosting) is ModelState.FAILED
     assert hosting.due() is None
-    hosting.handle(WeightsRejected(M, 2, "still missing"), 41.0)
+    hosting.handle(WeightsRejected(M, 2, "still missing", retry_after_s=30.0), 41.0)
     assert hosting.entries[M].reason == "still missing"
     hosting.handle(Tick(), 71.0)
     assert hosting.handle(WeightsAccepted(M, 3, FACTS), 72.0) == [
@@ -115,10 +122,75 @@ def test_refused_weights_fail_and_are_looked_at_again(hosting: Hosting) -> None:
     ]
 
 
+def test_weights_refused_for_good_wait_for_a_command(hosting: Hosting) -> None:
+    hosting.handle(LoadAsked(1, M, REF), 0.0)
+    hosting.handle(WeightsRejected(M, 1, "no such repository"), 1.0)
+    assert state(hosting) is ModelState.FAILED
+    assert hosting.due() is None
+    assert hosting.handle(LoadAsked(2, M, REF), 9.0) == [AcceptLoad(2), PrepareWeights(M, REF, 2)]
+
+
+def test_a_trouble_that_passes_is_waited_for_longer_each_time(hosting: Hosting) -> None:
+    hosting.handle(EngineFound(), 0.0)
+    hosting.handle(LoadAsked(1, M, REF), 0.0)
+    now, waits = 0.0, []
+    for attempt in range(1, len(WEIGHTS_BACKOFF_S) + 2):
+        rejected = WeightsRejected(M, attempt, "the hub is ill", passing=True)
+        assert hosting.handle(rejected, now) == []
+        assert (state(hosting), hosting.entries[M].reason) == (WAITING, "the hub is ill")
+        due = hosting.due()
+        assert due is not None
+        waits.append(due - now)
+        now = due
+        assert hosting.handle(Tick(), now) == [PrepareWeights(M, REF, attempt + 1)]
+    assert waits == [*WEIGHTS_BACKOFF_S, WEIGHTS_BACKOFF_S[-1]]
+    hosting.handle(WeightsAccepted(M, len(waits) + 1, FACTS), now)
+    assert hosting.entries[M].setbacks == 0
+
+
+def test_a_hub_that_names_the_time_is_given_it(hosting: Hosting) -> None:
+    hosting.handle(LoadAsked(1, M, REF), 0.0)
+    hosting.handle(WeightsRejected(M, 1, "slower", passing=True, retry_after_s=90.0), 0.0)
+    assert hosting.due() == 90.0
+
+
+def test_a_load_does_not_wait_for_the_back_off(hosting: Hosting) -> None:
+    hosting.handle(LoadAsked(1, M, REF), 0.0)
+    hosting.handle(WeightsRejected(M, 1, "the hub is ill", passing=True), 0.0)
+    assert hosting.handle(LoadAsked(2, M, REF), 1.0) == [AcceptLoad(2), PrepareWeights(M, REF, 2)]
+
+
+def test_neither_engine_nor_its_lack_touches_weights_that_wait(hosting: Hosting) -> None:
+    hosting.handle(LoadAsked(1, M, REF), 0.0)
+    hosting.handle(WeightsRejected(M, 1, "the hub is ill", passing=True), 0.0)
+    assert hosting.handle(EngineNotFound("build one"), 1.0) == []
+    assert hosting.entries[M].reason == "the hub is ill"
+    assert hosting.handle(EngineFound(), 2.0) == []
+    assert state(hosting) is WAITING
+
+
+def test_what_the_preparation_is_at_is_shown(hosting: Hosting) -> None:
+    hosting.handle(EngineFound(), 0.0)
+    hosting.handle(LoadAsked(1, M, REF), 0.0)
+    assert hosting.handle(WeightsMoved(M, 1, FETCHING), 1.0) == []
+    entry = hosting.entries[M]
+    assert (entry.state, entry.reason) == (ModelState.FETCHING, "fetching 1 of 4 GB")
+    assert entry.now is FETCHING
+    hosting.handle(WeightsAccepted(M, 1, FACTS), 2.0)
+    assert hosting.entries[M].now is None
+
+
+def test_an_unload_abandons_the_preparation(hosting: Hosting) -> None:
+    hosting.handle(LoadAsked(1, M, REF), 0.0)
+    hosting.handle(WeightsMoved(M, 1, FETCHING), 1.0)
+    assert hosting.handle(UnloadAsked(M, 9.0), 2.0) == [AbandonWeights(M, 1)]
+    assert dict(hosting.entries) == {}
+
+
 def test_a_load_retries_refused_weights_at_once(hosting: Hosting) -> None:
     hosting.handle(LoadAsked(1, M, REF), 0.0)
     hosting.handle(WeightsRejected(M, 1, "missing"), 0.0)
-    assert hosting.handle(LoadAsked(2, M, REF), 1.0) == [AcceptLoad(2), InspectWeights(M, REF, 2)]
+    assert hosting.handle(LoadAsked(2, M, REF), 1.0) == [AcceptLoad(2), PrepareWeights(M, REF, 2)]
     assert state(hosting) is ModelState.VERIFYING
 
 
@@ -134,7 +206,7 @@ def test_other_options_restart_the_engine(hosting: Hosting) -> None:
     assert hosting.handle(LoadAsked(2, M, REF, more), 1.0) == [AcceptLoad(2), StopEngine(M, 30.0)]
     assert state(hosting) is ModelState.DRAINING
     assert hosting.handle(EngineReported(M, ModelState.DRAINING), 1.1) == []
-    assert hosting.handle(EngineReported(M, ModelState.ABSENT), 2.0) == [InspectWeights(M, REF, 2)]
+    assert hosting.handle(EngineReported(M, ModelState.ABSENT), 2.0) == [PrepareWeights(M, REF, 2)]
     assert hosting.handle(WeightsAccepted(M, 2, FACTS), 2.1) == [StartEngine(M, FACTS, more)]
 
 
@@ -151,7 +223,7 @@ def test_an_engine_that_gave_up_is_ended_before_the_retry(hosting: Hosting) -> N
     hosting.handle(EngineReported(M, ModelState.FAILED, "5 crashes in 10 min"), 5.0)
     assert hosting.entries[M].reason == "5 crashes in 10 min"
     assert hosting.handle(LoadAsked(2, M, REF), 6.0) == [AcceptLoad(2), StopEngine(M, 0.0)]
-    assert hosting.handle(EngineReported(M, ModelState.ABSENT), 6.1) == [InspectWeights(M, REF, 2)]
+    assert hosting.handle(EngineReported(M, ModelState.ABSENT), 6.1) == [PrepareWeights(M, REF, 2)]
 
 
 def test_unload_stops_the_engine_and_forgets(hosting: Hosting) -> None:
@@ -164,6 +236,8 @@ def test_unload_stops_the_engine_and_forgets(hosting: Hosting) -> None:
 
 def test_unload_before_an_engine_forgets_at_once(hosting: Hosting) -> None:
     hosting.handle(LoadAsked(1, M, REF), 0.0)
+    hosting.handle(WeightsAccepted(M, 1, FACTS), 0.0)
+    assert state(hosting) is WAITING
     assert hosting.handle(UnloadAsked(M, 9.0), 0.0) == []
     assert dict(hosting.entries) == {}
     assert hosting.handle(UnloadAsked(M, 9.0), 0.0) == []
@@ -187,7 +261,7 @@ def test_a_load_while_unloading_wins(hosting: Hosting) -> None:
     serve(hosting)
     hosting.handle(UnloadAsked(M, 9.0), 1.0)
     assert hosting.handle(LoadAsked(2, M, REF), 1.5) == [AcceptLoad(2), StopEngine(M, 30.0)]
-    assert hosting.handle(EngineReported(M, ModelState.ABSENT), 2.0) == [InspectWeights(M, REF, 2)]
+    assert hosting.handle(EngineReported(M, ModelState.ABSENT), 2.0) == [PrepareWeights(M, REF, 2)]
 
 
 def test_reports_about_engines_that_were_never_started_are_ignored(hosting: Hosting) -> None:
@@ -210,7 +284,7 @@ class HostingRules(RuleBasedStateMachine):
         self.now = 0.0
         self.tickets = 0
         self.engines: set[ModelId] = set()
-        self.inspections: list[InspectWeights] = []
+        self.preparations: list[PrepareWeights] = []
 
     def post(self, effects: list[Effect], ticket: int | None = None) -> None:
         answers = 0
@@ -224,8 +298,13 @@ class HostingRules(RuleBasedStateMachine):
                     self.engines.add(effect.model)
                 case StopEngine():
                     assert effect.model in self.engines
-                case InspectWeights():
-                    self.inspections.append(effect)
+                case PrepareWeights():
+                    assert all(p.model != effect.model for p in self.preparations)
+                    self.preparations.append(effect)
+                case AbandonWeights():
+                    (abandoned,) = [p for p in self.preparations if p.model == effect.model]
+                    assert abandoned.preparation == effect.preparation
+                    self.preparations.remove(abandoned)
         assert answers == (ticket is not None)
 
     @rule(
@@ -242,19 +321,22 @@ class HostingRules(RuleBasedStateMachine):
     def unload(self, model: ModelId) -> None:
         self.post(self.machine.handle(UnloadAsked(model, 1.0), self.now))
 
-    @rule(data=st.data(), good=st.booleans())
-    def inspected(self, data: st.DataObject, good: bool) -> None:
-        if self.inspections:
-            i = self.inspections.pop(data.draw(st.integers(0, len(self.inspections) - 1)))
-            if good:
-                facts = WeightFacts(i.ref, 1, None, (), None, 0)
-                self.post(
-                    self.machine.handle(WeightsAccepted(i.model, i.inspection, facts), self.now)
-                )
-            else:
-                self.post(
-                    self.machine.handle(WeightsRejected(i.model, i.inspection, "no"), self.now)
-                )
+    @rule(data=st.data(), end=st.sampled_from(["good", "bad", "passing", "not yet"]))
+    def prepared(self, data: st.DataObject, end: str) -> None:
+        if not self.preparations:
+            return
+        i = data.draw(st.sampled_from(self.preparations))
+        if end == "not yet":
+            self.post(self.machine.handle(WeightsMoved(i.model, i.preparation, FETCHING), self.now))
+            return
+        self.preparations.remove(i)
+        if end == "good":
+            facts = WeightFacts(i.ref, 1, None, (), None, 0)
+            self.post(self.machine.handle(WeightsAccepted(i.model, i.preparation, facts), self.now))
+        else:
+            wait_s = data.draw(st.sampled_from([None, 30.0]))
+            rejected = WeightsRejected(i.model, i.preparation, "no", end == "passing", wait_s)
+            self.post(self.machine.handle(rejected, self.now))
 
     @rule(found=st.booleans())
     def engine(self, found: bool) -> None:
