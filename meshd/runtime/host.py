@@ -35,7 +35,6 @@ from meshd.runtime.hosting import (
     LoadAsked,
     LoadOptions,
     PrepareWeights,
-    Preparing,
     RefuseLoad,
     StartEngine,
     StopEngine,
