@@ -10,7 +10,7 @@ import threading
 from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import fnmatchcase
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, Final, TypeAlias
 
 
 class Stage(StrEnum):
@@ -127,6 +127,10 @@ Fault: TypeAlias = (
 )
 
 
+INSTEAD: Final = (Page, Pointer, Drop, Status)
+"""These have an answer of their own, or none, in place of the right one."""
+
+
 @dataclass(slots=True)
 class _Entry:
     pattern: str
@@ -156,21 +160,28 @@ class FaultBook:
             self._entries.clear()
 
     def take(self, subject: str, stage: Stage, span: range | None = None) -> list[Fault]:
-        """Those that strike this request, in the order they were added; they are used up by it.
+        """Those that strike this request; they are used up by it.
 
-        `span`: the bytes of the file it will carry, as far as that is known.
+        The first that has an answer of its own strikes alone; others, such as slowness and a cut,
+        strike together. `span`: the bytes of the file it will carry, as far as that is known.
         """
-        struck = []
         with self._lock:
-            for entry in self._entries:
-                at = getattr(entry.fault, "at", None)
-                if (
-                    entry.stage is stage
-                    and fnmatchcase(subject, entry.pattern)
-                    and (at is None or span is None or at in span)
-                ):
-                    struck.append(entry.fault)
-                    if entry.left is not None:
-                        entry.left -= 1
+            struck = [
+                entry
+                for entry in self._entries
+                if entry.stage is stage
+                and fnmatchcase(subject, entry.pattern)
+                and _is_in(entry.fault, span)
+            ]
+            alone = [entry for entry in struck if isinstance(entry.fault, INSTEAD)]
+            struck = alone[:1] or struck
+            for entry in struck:
+                if entry.left is not None:
+                    entry.left -= 1
             self._entries = [entry for entry in self._entries if entry.left != 0]
-        return struck
+        return [entry.fault for entry in struck]
+
+
+def _is_in(fault: Fault, span: range | None) -> bool:
+    at: int | None = getattr(fault, "at", None)
+    return at is None or span is None or at in span
