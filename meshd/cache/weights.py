@@ -17,7 +17,7 @@ from typing import IO
 
 from meshd.cache import builtin
 from meshd.cache.gguf_header import GgufError, GgufHeader, NeedMore, parse_header
-from meshd.cache.references import SHARD, BuiltinRef, model_id, parse_ref
+from meshd.cache.references import SHARD, BuiltinRef, FileRef, model_id, parse_ref
 from meshd.errors import BadReference, BrokenWeights
 from meshd.ids import ModelId
 
@@ -71,8 +71,10 @@ def inspect(ref: str, models_dir: Path) -> Weights:
     if isinstance(parsed, BuiltinRef):
         path = builtin.ensure(models_dir)
         digest = f"sha256:{builtin.SHA256}"
-    else:
+    elif isinstance(parsed, FileRef):
         path = parsed.path
+    else:
+        raise BadReference(f"`{ref}` is not a file of this machine", param="ref")
     observations = [observe(p, n) for n, p in enumerate(shard_paths(path), start=1)]
     if len(observations) == 1 and observations[0].size is None:
         raise BadReference(f"{path}: {observations[0].problem}", param="ref")

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from meshd.cache import builtin
 from meshd.cache.gguf_header import GgufHeader, TensorInfo
-from meshd.cache.references import BuiltinRef, FileRef, model_id, parse_ref
 from meshd.cache.usage import read_usage
 from meshd.cache.weights import Observation, inspect, judge, shard_paths
 from meshd.errors import BadReference, BrokenWeights
@@ -178,45 +177,6 @@ def test_weights_without_architecture() -> None:
     broken = judge([observation(1, 2, 1, arch=""), observation(2, 2, 1)])
     assert broken is not None
     assert "general.architecture" in broken.message
-
-
-# -- references -----------------------------------------------------------------------------------
-
-
-def test_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "here.gguf").touch()
-    assert parse_ref("builtin") == BuiltinRef()
-    assert parse_ref("here.gguf") == FileRef(tmp_path / "here.gguf")
-    assert parse_ref("./x.gguf") == FileRef(tmp_path / "x.gguf")
-    assert parse_ref("~/x.gguf") == FileRef(tmp_path / "x.gguf")
-    assert parse_ref("/a/b.gguf") == FileRef(Path("/a/b.gguf"))
-
-
-@pytest.mark.parametrize(
-    ("ref", "words"),
-    [
-        ("owner/repo", "Hugging Face hub"),
-        ("owner/repo@main:Q4_K_M", "Hugging Face hub"),
-        ("owner/repo/dir/file-00001-of-00002.gguf", "Hugging Face hub"),
-        ("Qwen3-8B", "neither"),
-        ("none.gguf", "neither"),
-        ("", "neither"),
-    ],
-)
-def test_references_that_cannot_be_opened(ref: str, words: str) -> None:
-    with pytest.raises(BadReference, match=words):
-        parse_ref(ref)
-
-
-def test_model_names() -> None:
-    assert model_id("builtin") == "builtin"
-    assert model_id("/a/Qwen3.5-Q4_K_M.gguf") == "Qwen3.5-Q4_K_M"
-    assert model_id("/a/Big-Q8_0-00002-of-00009.gguf") == "Big-Q8_0"
-    assert model_id("/a/UPPER.GGUF") == "UPPER"
-    with pytest.raises(BadReference, match="no file name"):
-        model_id("/a/.gguf")
 
 
 # -- the built-in model ---------------------------------------------------------------------------
