@@ -1,4 +1,4 @@
-"""The protocol between nodes: its versions, and the three things one port can be asked for.
+"""The protocol between nodes: its versions, and what one port can be asked for.
 
 Pure. A node speaks a range of versions; two nodes use the highest both speak. The range, and the
 words of a refusal, are the part of the protocol that never changes.
@@ -21,7 +21,10 @@ ALPN_CTL: Final = "meshd-ctl/1"
 """One long-lived link a pair of nodes: gossip, adverts, control calls."""
 ALPN_RAW: Final = "meshd-raw/1"
 """One stream of bytes to a named service."""
+ALPN_BULK: Final = "meshd-bulk/1"
+"""One stream of many bytes; spoken by a carrier process, which gets the connection before TLS."""
 ALPNS: Final = (ALPN_JOIN, ALPN_CTL, ALPN_RAW)
+"""What the daemon itself speaks."""
 
 
 def common_version(ours: Range, theirs: Range) -> int | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import Annotated, Final, Literal, TypeAlias
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
@@ -21,6 +21,8 @@ from meshd.peers.links.hello import parse_refusal, refusal
 OPEN_TIMEOUT_S: Final = 5.0
 
 Name = Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,256}$")]
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Reference = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]{1,1024}$")]
 
 
 class Open(BaseModel):
@@ -30,8 +32,22 @@ class Open(BaseModel):
 
     t: Literal["open"] = "open"
     service: Annotated[str, StringConstraints(pattern=r"^[a-z-]{1,32}$")]
-    """`api`: HTTP/1.1 requests for the engine `instance` of the node that is asked."""
+    """`api`: HTTP/1.1 requests for the engine `instance` of the node that is asked. On bulk
+    connections `shard` and `manifest`."""
     instance: Name | None = None
+    sha256: Digest | None = None
+    """Bulk service `shard`: of the file that is wanted."""
+    ref: Reference | None = None
+    """Bulk service `manifest`: of the model that is asked about, as people write it."""
+
+
+def parse_open(message: Mapping[str, Any]) -> Open:
+    """Raises ProtocolError."""
+    try:
+        return Open.model_validate(message)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        raise ProtocolError(f"a stream was opened with {problem['msg']}") from None
 
 
 Service: TypeAlias = Callable[[NodeId, Open], asyncio.Protocol]
@@ -51,11 +67,7 @@ class Streams:
 
     async def serve(self, channel: FrameChannel, node: NodeId) -> None:
         """The listener's part, for an authenticated `node`. Raises PeerRefused, ProtocolError."""
-        try:
-            wanted = Open.model_validate(await channel.read())
-        except ValidationError as error:
-            problem = error.errors(include_url=False, include_input=False)[0]
-            raise ProtocolError(f"a stream was opened with {problem['msg']}") from None
+        wanted = parse_open(await channel.read())
         try:
             protocol = self._accept(node, wanted)
         except PeerRefused as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ssl
 
-from meshd.peers.protocol import ALPN_CTL, ALPN_JOIN, ALPN_RAW, ALPNS
+from meshd.peers.protocol import ALPN_BULK, ALPN_CTL, ALPN_JOIN, ALPN_RAW, ALPNS
 from meshd.peers.trust.certificates import PeerCertificate
 from meshd.peers.trust.identity import Identity
 from meshd.peers.trust.membership import Membership
@@ -47,6 +47,23 @@ def client_context(membership: Membership, identity: Identity, alpn: str) -> ssl
     context.set_alpn_protocols([alpn])
     _trust(context, membership)
     reload_certificate(context, membership, identity)
+    return context
+
+
+def carrier_context(
+    ca_certificate: bytes, certificate_path: str, key_path: str, *, server: bool
+) -> ssl.SSLContext:
+    """For bulk streams, in processes that have no membership in memory: both certificates are
+    checked at either end. `ca_certificate`: DER. Raises OSError, ssl.SSLError if what the paths
+    name cannot be used."""
+    context = _context(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.set_alpn_protocols([ALPN_BULK])
+    if server:
+        context.num_tickets = 0
+    context.load_verify_locations(cadata=ssl.DER_cert_to_PEM_cert(ca_certificate))
+    context.load_cert_chain(certificate_path, key_path)
     return context
 
 
