@@ -48,13 +48,9 @@ class ChildProcess:
     ) -> ChildProcess:
         """Start `argv` in a session of its own. Raises OSError if no process can be made; a program
         that cannot be executed is an exit with status 127 and a line that says why."""
-        guarded = [
-            *(sys.executable, "-I", "-S", str(GUARD), str(os.getpid()), str(OOM_SCORE_ADJ), "--"),
-            *argv,
-        ]
         transport, protocol = await asyncio.get_running_loop().subprocess_exec(
             lambda: _Output(on_line, on_exit),
-            *guarded,
+            *guarded(argv),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
@@ -75,6 +71,13 @@ class ChildProcess:
         """Send `number` to the child and all it started; nothing if they are gone."""
         if self._transport.get_returncode() is None:
             send_to_group(self.pid, number)
+
+
+def guarded(argv: Sequence[str], death_signal: int = signal.SIGKILL) -> list[str]:
+    """The command line of a child that gets `death_signal` when this process ends, however it
+    does; see guard.py."""
+    guard = [sys.executable, "-I", "-S", str(GUARD), str(os.getpid()), str(OOM_SCORE_ADJ)]
+    return [*guard, str(int(death_signal)), "--", *argv]
 
 
 def send_to_group(pid: int, number: signal.Signals) -> None:
