@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
-import orjson
 from aiohttp import web
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from meshd.errors import InvalidRequest, MeshdError, NoMesh
+from meshd.api.admin_cache import CacheControls, add_cache_routes
+from meshd.api.admin_exchange import NoBody, error_answers, json_answer, parse_body
+from meshd.errors import NoMesh
 from meshd.ids import ModelId
 from meshd.kernel import FlightRecorder, Service
 from meshd.view import Role
@@ -20,8 +21,6 @@ from meshd.view import Role
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 * 1024
-
-B = TypeVar("B", bound=BaseModel)
 
 
 class LoadBody(BaseModel):
@@ -60,10 +59,6 @@ class RevokeBody(BaseModel):
     """Name, id, or the beginning of an id that only one node has."""
 
 
-class NoBody(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 class MeshControls(Protocol):
     """What the admin side can ask of the mesh; `node.py` provides it. Each may raise MeshdError."""
 
@@ -97,6 +92,7 @@ class AdminServer(Service):
         status: Callable[[], dict[str, Any]],
         recorder: FlightRecorder,
         mesh: MeshControls | None = None,
+        cache: CacheControls | None = None,
     ) -> None:
         super().__init__()
         self._path = path
@@ -105,9 +101,10 @@ class AdminServer(Service):
         self._status = status
         self._recorder = recorder
         self._mesh = mesh
+        self._cache = cache
 
     async def main(self) -> None:
-        application = web.Application(middlewares=[_errors], client_max_size=MAX_BODY_BYTES)
+        application = web.Application(middlewares=[error_answers], client_max_size=MAX_BODY_BYTES)
         application.router.add_get("/status", self._get_status)
         application.router.add_get("/flight", self._get_flight)
         application.router.add_post("/load", self._post_load)
@@ -117,6 +114,8 @@ class AdminServer(Service):
         application.router.add_post("/leave", self._post_leave)
         application.router.add_post("/drain", self._post_drain)
         application.router.add_post("/undrain", self._post_undrain)
+        if self._cache is not None:
+            add_cache_routes(application, self._cache)
         runner = web.AppRunner(
             application, access_log=None, handler_cancellation=True, shutdown_timeout=1.0
         )
@@ -135,63 +134,38 @@ class AdminServer(Service):
                 self._path.unlink()
 
     async def _get_status(self, request: web.Request) -> web.Response:
-        return _json(self._status())
+        return json_answer(self._status())
 
     async def _get_flight(self, request: web.Request) -> web.Response:
-        return _json({"lines": self._recorder.render().splitlines()})
+        return json_answer({"lines": self._recorder.render().splitlines()})
 
     async def _post_load(self, request: web.Request) -> web.Response:
-        return _json({"model": self._load(_parse(LoadBody, await request.read()))})
+        return json_answer({"model": self._load(parse_body(LoadBody, await request.read()))})
 
     async def _post_unload(self, request: web.Request) -> web.Response:
-        return _json({"model": self._unload(_parse(UnloadBody, await request.read()))})
+        return json_answer({"model": self._unload(parse_body(UnloadBody, await request.read()))})
 
     async def _post_invite(self, request: web.Request) -> web.Response:
-        body = _parse(InviteBody, await request.read())
-        return _json(await self._controls().invite(body))
+        body = parse_body(InviteBody, await request.read())
+        return json_answer(await self._controls().invite(body))
 
     async def _post_revoke(self, request: web.Request) -> web.Response:
-        body = _parse(RevokeBody, await request.read())
-        return _json(await self._controls().revoke(body.node))
+        body = parse_body(RevokeBody, await request.read())
+        return json_answer(await self._controls().revoke(body.node))
 
     async def _post_leave(self, request: web.Request) -> web.Response:
-        _parse(NoBody, await request.read() or b"{}")
-        return _json(await self._controls().leave())
+        parse_body(NoBody, await request.read() or b"{}")
+        return json_answer(await self._controls().leave())
 
     async def _post_drain(self, request: web.Request) -> web.Response:
-        _parse(NoBody, await request.read() or b"{}")
-        return _json(await self._controls().drain())
+        parse_body(NoBody, await request.read() or b"{}")
+        return json_answer(await self._controls().drain())
 
     async def _post_undrain(self, request: web.Request) -> web.Response:
-        _parse(NoBody, await request.read() or b"{}")
-        return _json(await self._controls().undrain())
+        parse_body(NoBody, await request.read() or b"{}")
+        return json_answer(await self._controls().undrain())
 
     def _controls(self) -> MeshControls:
         if self._mesh is None:
             raise NoMesh("this node belongs to no mesh; `meshd run --join TOKEN` joins one")
         return self._mesh
-
-
-def _parse(kind: type[B], body: bytes) -> B:
-    try:
-        return kind.model_validate_json(body)
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        where = ".".join(map(str, problem["loc"])) or "body"
-        raise InvalidRequest(f"{where}: {problem['msg']}", param=where) from None
-
-
-def _json(value: Any, status: int = 200) -> web.Response:
-    return web.Response(body=orjson.dumps(value), status=status, content_type="application/json")
-
-
-@web.middleware
-async def _errors(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
-    try:
-        return await handler(request)
-    except MeshdError as error:
-        return _json({"error": {"message": error.message, "code": error.code}}, error.status)
-    except web.HTTPException as error:
-        return _json({"error": {"message": error.reason, "code": "not_found"}}, error.status)

@@ -1,0 +1,82 @@
+"""Requests and answers on the admin socket: bodies, JSON, streams of lines, errors.
+
+Errors have the shape of the API's: `{"error": {"message", "code"}}`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import orjson
+from aiohttp import web
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from meshd.errors import InvalidRequest, MeshdError
+
+B = TypeVar("B", bound=BaseModel)
+
+
+class NoBody(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def parse_body(kind: type[B], body: bytes) -> B:
+    """Raises InvalidRequest, naming the field that is wrong."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(map(str, problem["loc"])) or "body"
+        raise InvalidRequest(f"{where}: {problem['msg']}", param=where) from None
+
+
+def json_answer(value: Any, status: int = 200) -> web.Response:
+    return web.Response(body=orjson.dumps(value), status=status, content_type="application/json")
+
+
+async def answer_lines(
+    request: web.Request, events: AsyncGenerator[dict[str, Any], None]
+) -> web.StreamResponse:
+    """Send `events` as they come, as `application/x-ndjson`, one a line.
+
+    An error before the first is raised; a later one becomes the last line, `{"t":"failed",…}`, as
+    the status is out by then. When the client hangs up this is cancelled, and `events` is closed.
+    """
+    async with contextlib.aclosing(events):
+        first = await anext(events, None)
+        response = web.StreamResponse()
+        response.content_type = "application/x-ndjson"
+        await response.prepare(request)
+        if first is not None:
+            await response.write(orjson.dumps(first) + b"\n")
+        try:
+            async for event in events:
+                await response.write(orjson.dumps(event) + b"\n")
+        except MeshdError as error:
+            await response.write(orjson.dumps(failed_event(error)) + b"\n")
+        await response.write_eof()
+    return response
+
+
+def failed_event(error: MeshdError) -> dict[str, Any]:
+    return {
+        "t": "failed",
+        "code": error.code,
+        "message": error.message,
+        "permanent": not error.retryable,
+        "retry_after_s": error.retry_after_s,
+    }
+
+
+@web.middleware
+async def error_answers(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except MeshdError as error:
+        return json_answer({"error": {"message": error.message, "code": error.code}}, error.status)
+    except web.HTTPException as error:
+        return json_answer({"error": {"message": error.reason, "code": "not_found"}}, error.status)
