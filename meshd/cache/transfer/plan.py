@@ -1,0 +1,392 @@
+"""One file on its way: which chunks are there, who brings the rest, whom to believe. Pure.
+
+Sources are the hub and peers; `BEFORE` stands for what an earlier fetch or another program left.
+The rules, by the numbers that stand in the code:
+
+1. A chunk that is not what its own source's list of hashes promises bans that source.
+2. Chunks are held against the believed list (`jury`): own hashes of this machine, else the list
+   most peers agree on.
+3. A peer's chunk that differs from it is not taken. If the peer promised just that, it dissents
+   and waits until its list is believed; if it promised nothing, it is banned.
+4. The hub's chunk that differs from it is brought once more, by the hub if it can. The same again:
+   the believed list lies. Something else each time, `MAX_ACCOUNTS` times: the hub is left.
+5. Who gave a list that lies is banned, and what they brought is wanted again; when a list comes to
+   be believed, chunks that are there and differ from it are wanted again.
+6. The sha256 of the whole file decides. If it is wrong, the first of these that applies: chunks
+   that are on disk otherwise than they came are wanted again, a few times; a believed list is
+   discredited (5) and what did not come from the hub is wanted again; peers that brought anything
+   are banned and what did not come from the hub is wanted again; once, everything is wanted again.
+   Then the file has failed.
+7. When no source can bring what is missing, a dissenter's list is believed if there is one, else
+   the file has failed.
+
+Whatever comes, in any order, a plan ends complete or failed: each step back uses up a source, a
+list or a count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from meshd.cache.chunks import CHUNK_BYTES, chunk_count, chunk_span
+from meshd.cache.transfer.flights import Flights, Span
+from meshd.cache.transfer.jury import Jury
+
+HUB: Final = "hub"
+BEFORE: Final = ""
+HUB_SPAN: Final = 64 * 1024 * 1024 // CHUNK_BYTES
+"""Chunks the hub is asked for at once: a request costs it more than a peer."""
+PEER_SPAN: Final = 4
+MAX_ACCOUNTS: Final = 3
+MAX_TORN: Final = 3
+
+
+class Decision(StrEnum):
+    """What to do with a chunk that came."""
+
+    STORE = "store"
+    """Write it, then say `stored`."""
+    DISCARD = "discard"
+    BANNED = "banned"
+    """Leave its source."""
+
+
+@dataclass(slots=True)
+class _Source:
+    asked: bool = False
+    """It said what it has."""
+    out: str | None = None
+    """Why it brings nothing more; None while it may."""
+    banned: bool = False
+    has: bytearray | None = None
+    """1 for each chunk it can bring; None for all."""
+
+
+class Plan:
+    def __init__(
+        self,
+        size: int,
+        sources: Iterable[str],
+        *,
+        streams: int = 1,
+        own: bytes | None = None,
+        there: Mapping[int, bytes] | None = None,
+        lot: int = 0,
+    ) -> None:
+        """`own`: hashes of chunks by an earlier verification on this machine. `there`: chunks that
+        lie on disk, and the hash they had when they came. `lot`: any number; when some peers are
+        on their way to the same file, the hub is asked from there on, so that all have something
+        to give."""
+        self.size = size
+        self.chunks = chunk_count(size)
+        self._sources = {name: _Source() for name in sources}
+        self._jury = Jury(self.chunks, own)
+        self._flights = Flights(self.chunks, streams)
+        self._lot = lot % self.chunks
+        self._hub_start = 0
+        self._have = bytearray(self.chunks)
+        self._digests: dict[int, bytes] = {}
+        self._brought_by: dict[int, str] = {}
+        self._storing: dict[int, tuple[str, bytes]] = {}
+        self._accounts: dict[int, list[bytes]] = {}
+        """Chunks about which the hub and the believed list differ: what the hub said (rule 4)."""
+        self._dropped: list[int] = []
+        self._torn = 0
+        self._anew = False
+        self.failure: str | None = None
+        for index, digest in (there or {}).items():
+            self._take(index, BEFORE, digest)
+        self._recheck()
+
+    # -- what is known ------------------------------------------------------------------------
+
+    @property
+    def complete(self) -> bool:
+        """Every chunk is on disk; the hash of the whole may still say no."""
+        return self._have.find(0) < 0
+
+    def has(self, index: int) -> bool:
+        return bool(self._have[index])
+
+    def digest(self, index: int) -> bytes:
+        """The hash the chunk had when it came."""
+        return self._digests[index]
+
+    def came_before(self, index: int) -> bool:
+        """Whether it was on disk already."""
+        return self._brought_by.get(index) == BEFORE
+
+    @property
+    def missing_bytes(self) -> int:
+        missing = self._have.count(0) * CHUNK_BYTES
+        last = self.chunks - 1
+        return missing - (0 if self._have[last] else CHUNK_BYTES - chunk_span(last, self.size)[1])
+
+    def usable(self, source: str) -> bool:
+        """Whether `source` may still bring something, now or later."""
+        return self.failure is None and self._sources[source].out is None
+
+    def why_out(self) -> dict[str, str]:
+        """Sources that bring nothing more, and why."""
+        return {name: s.out for name, s in self._sources.items() if s.out is not None}
+
+    def take_dropped(self) -> tuple[int, ...]:
+        """Chunks that were there and no longer count, since the last call."""
+        dropped, self._dropped = tuple(self._dropped), []
+        return dropped
+
+    # -- sources ------------------------------------------------------------------------------
+
+    def offered(self, source: str, has: bytes | None, hashes: bytes | None) -> None:
+        """`source` says what it has, one bit a chunk (None: all), and what its chunks hash to."""
+        state = self._sources[source]
+        state.asked = True
+        state.has = None if has is None else _unpack(has, self.chunks)
+        if has is not None:
+            self._hub_start = self._lot
+        if hashes is None or state.banned:
+            return
+        before = self._jury.believed
+        if not self._jury.hear(source, hashes):
+            self._ban(source, "promises bytes that were shown to be wrong")
+        elif self._jury.believed != before:
+            self._recheck()
+
+    def lacks(self, source: str, span: Span) -> None:
+        """It could not give what it said it has."""
+        state = self._sources[source]
+        if state.has is None:
+            state.has = bytearray(b"\1") * self.chunks
+        state.has[span.first : span.first + span.count] = bytes(span.count)
+
+    def gone(self, source: str, reason: str) -> None:
+        """`source` brings nothing more."""
+        state = self._sources[source]
+        state.out = state.out or reason
+
+    # -- spans --------------------------------------------------------------------------------
+
+    def next(self, source: str, now: float) -> Span | None:
+        """What `source` should bring now; None if nobody needs to bring what it has."""
+        if not self._may_bring(source):
+            return None
+        hub = source == HUB
+        return self._flights.next(
+            source,
+            self._allowed(source),
+            HUB_SPAN if hub else PEER_SPAN,
+            self._hub_start if hub else 0,
+            now,
+        )
+
+    def share(self, source: str, now: float) -> Span | None:
+        """What an idle `source` should take off, or bring besides, somebody slower."""
+        if not self._may_bring(source):
+            return None
+        return self._flights.share(source, self._allowed(source), now)
+
+    def covers(self, token: int, index: int) -> bool:
+        """Whether the holder of the span should go on to chunk `index`."""
+        return self._flights.covers(token, index) and self.failure is None
+
+    def finished(self, token: int) -> None:
+        """The span came to its end, whether all of it came or not."""
+        rest = self._flights.end(token)
+        self._flights.want(i for i in rest if self._is_missing(i))
+
+    def arrived(self, token: int, index: int, digest: bytes, now: float) -> Decision:
+        """A chunk of the span came, and hashes to `digest`."""
+        source = self._flights.source_of(token)
+        self._flights.arrived(token, index, now)
+        if self._sources[source].banned:
+            self._want_again(index)
+            return Decision.BANNED
+        if self._have[index] or index in self._storing:
+            return Decision.DISCARD
+        decision = self._judge(source, index, digest)
+        if decision is Decision.STORE:
+            self._storing[index] = (source, digest)
+            self._flights.got((index,))
+        else:
+            self._want_again(index)
+        return decision
+
+    def stored(self, index: int) -> None:
+        """A chunk that was to be stored is on disk. It counts unless its source fell meanwhile."""
+        source, digest = self._storing.pop(index)
+        self._take(index, source, digest)
+        expected = self._jury.expected(index)
+        if self._sources[source].banned or (expected is not None and expected != digest):
+            self._drop(index)
+
+    def not_stored(self, index: int) -> None:
+        """Writing it failed."""
+        del self._storing[index]
+        self._want_again(index)
+
+    # -- the end ------------------------------------------------------------------------------
+
+    def whole_failed(self, torn: Iterable[int]) -> bool:
+        """The file is complete and its sha256 is wrong. `torn`: chunks that no longer hash to what
+        they did when they came. Whether all of it starts anew (rule 6)."""
+        if self.torn(torn):
+            return False
+        if self._jury.believed is not None:
+            self._overthrow()
+        else:
+            for name in {by for by in self._brought_by.values() if by not in (HUB, BEFORE)}:
+                self._ban(name, "brought chunks of a file whose sha256 was wrong")
+        for index, by in tuple(self._brought_by.items()):
+            if by != HUB:
+                self._drop(index)
+        if not self.complete:
+            return False
+        if self._anew:
+            self.failure = (
+                "all of it was fetched twice, and its sha256 is not the one it should have"
+            )
+            return False
+        self._anew = True
+        for index in range(self.chunks):
+            self._drop(index)
+        return True
+
+    def torn(self, indices: Iterable[int]) -> bool:
+        """These are on disk otherwise than they came. False if there are none."""
+        lost = [index for index in indices if self._have[index]]
+        if not lost:
+            return False
+        if any(self._brought_by[index] != BEFORE for index in lost):
+            self._torn += 1
+        if self._torn > MAX_TORN:
+            self.failure = "the disk does not keep what is written to it"
+        for index in lost:
+            self._drop(index)
+        return True
+
+    def settle(self) -> str | None:
+        """Whether anything is left to wait for: None, or why the file has failed (rule 7). A peer
+        that has only parts may come to have more; it is for its reader to say `gone`."""
+        if self.failure or self.complete or self._flights.under_way or self._storing:
+            return self.failure
+        while not any(self._may_bring(name) for name in self._sources):
+            if not any(self._waits(name) for name in self._sources):
+                self.failure = "nobody can bring what is missing"
+                return self.failure
+            self._jury.discredit()
+            self._recheck()
+        return None
+
+    # -- rules --------------------------------------------------------------------------------
+
+    def _judge(self, source: str, index: int, digest: bytes) -> Decision:
+        promised = self._jury.promised(source, index)
+        if promised is not None and promised != digest:  # 1
+            self._ban(source, "sent other bytes than its own hashes promise")
+            return Decision.BANNED
+        expected = self._jury.expected(index)
+        if expected is None or expected == digest:  # 2
+            return Decision.STORE
+        if source == HUB:
+            return self._hear_hub(index, digest)
+        if promised is None:  # 3
+            self._ban(source, "sent other bytes than the hashes of others promise")
+            return Decision.BANNED
+        return Decision.DISCARD
+
+    def _hear_hub(self, index: int, digest: bytes) -> Decision:
+        accounts = self._accounts.setdefault(index, [])
+        if digest in accounts:  # 4
+            self._overthrow()
+            expected = self._jury.expected(index)
+            if expected is None or expected == digest:
+                return Decision.STORE
+            return Decision.DISCARD
+        accounts.append(digest)
+        if len(accounts) >= MAX_ACCOUNTS:
+            self.gone(HUB, "sends something else each time it is asked for the same bytes")
+        return Decision.DISCARD
+
+    def _overthrow(self) -> None:
+        """The believed list lies (rule 5)."""
+        for name in self._jury.discredit():
+            self._ban(name, "promised bytes that the file does not consist of")
+        for index, by in tuple(self._brought_by.items()):
+            if by not in (HUB, BEFORE) and self._sources[by].banned:
+                self._drop(index)
+        self._recheck()
+
+    def _recheck(self) -> None:
+        """Hold what is there against a list that came to be believed (rules 4 and 5)."""
+        for index, digest in tuple(self._digests.items()):
+            expected = self._jury.expected(index)
+            if expected is None or expected == digest:
+                continue
+            if self._brought_by[index] == HUB:
+                self._accounts.setdefault(index, []).append(digest)
+            self._drop(index)
+
+    def _ban(self, source: str, reason: str) -> None:
+        state = self._sources[source]
+        state.banned = True
+        state.out = reason
+        before = self._jury.believed
+        self._jury.dismiss(source)
+        if self._jury.believed != before:
+            self._recheck()
+
+    # -- chunks -------------------------------------------------------------------------------
+
+    def _take(self, index: int, source: str, digest: bytes) -> None:
+        self._have[index] = 1
+        self._digests[index] = digest
+        self._brought_by[index] = source
+        self._accounts.pop(index, None)
+        self._flights.got((index,))
+
+    def _drop(self, index: int) -> None:
+        if not self._have[index]:
+            return
+        self._have[index] = 0
+        del self._digests[index], self._brought_by[index]
+        self._dropped.append(index)
+        self._flights.want((index,))
+
+    def _want_again(self, index: int) -> None:
+        if self._is_missing(index):
+            self._flights.want((index,))
+
+    def _is_missing(self, index: int) -> bool:
+        return not self._have[index] and index not in self._storing
+
+    # -- who may ------------------------------------------------------------------------------
+
+    def _may_bring(self, source: str) -> bool:
+        return self.usable(source) and not self._jury.dissents(source)
+
+    def _waits(self, source: str) -> bool:
+        """It has something to bring, and is not believed."""
+        return self.usable(source) and self._jury.dissents(source)
+
+    def _allowed(self, source: str) -> bytes | None:
+        """1 for each chunk `source` may bring; None for all."""
+        has = self._sources[source].has
+        if source == HUB or not self._accounts or not self.usable(HUB):
+            return None if has is None else bytes(has)
+        allowed = bytearray(b"\1") * self.chunks if has is None else bytearray(has)
+        for index in self._accounts:  # 4
+            allowed[index] = 0
+        return bytes(allowed)
+
+
+def _unpack(bits: bytes, chunks: int) -> bytearray:
+    """One byte a chunk, 0 or 1, out of one bit a chunk, lowest first."""
+    number = int.from_bytes(bits, "little")
+    text = f"{number:0{chunks}b}"[::-1][:chunks]
+    return bytearray(text.encode().translate(_BITS))
+
+
+_BITS: Final = bytes.maketrans(b"01", b"\0\1")
