@@ -8,10 +8,14 @@ a few times the bytes it is given.
 
 from __future__ import annotations
 
+import functools
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+
+from meshd.cache.gguf_types import TYPES
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -21,7 +25,11 @@ MAX_METADATA = 65_536
 MAX_NAME_BYTES = 65_535
 MAX_KEPT_STRING_BYTES = 1 << 20
 """Longer strings are skipped; chat templates are the longest that anybody asks for."""
+MAX_KEPT_BYTES = 4 << 20
+"""Of all names and strings that are kept; decoded they may take four times as much."""
 MAX_DIMENSIONS = 4
+MAX_FILE_BYTES = 1 << 46
+"""What a header promises beyond this is no promise but damage."""
 
 Scalar = int | float | bool | str
 
@@ -30,12 +38,18 @@ class GgufError(ValueError):
     """The bytes are not a GGUF header that can be used; the message says what is wrong."""
 
 
-class NeedMore(Exception):
-    """The header goes on behind the bytes given; `size` bytes from the start are wanted."""
+class GgufTruncated(GgufError):
+    """The file ends before what its header promises."""
 
-    def __init__(self, size: int) -> None:
+
+class NeedMore(Exception):
+    """The header goes on behind the bytes given: at least the first `size` bytes of the file are
+    needed, and probably the first `likely`."""
+
+    def __init__(self, size: int, likely: int = 0) -> None:
         super().__init__(size)
         self.size = size
+        self.likely = max(size, likely)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +155,9 @@ def parse_header(prefix: bytes, file_bytes: int) -> GgufHeader:
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 
+STRINGS_A_BLOCK = 256
+SHORT_STRING_BYTES = 32
+
 _STRING, _ARRAY = 8, 9
 _FIXED = {
     0: struct.Struct("<B"),
@@ -156,26 +173,30 @@ _FIXED = {
     12: struct.Struct("<d"),
 }
 """GGUF value types of fixed size."""
+_EXTENTS = tuple(struct.Struct(f"<{count}QIQ") for count in range(MAX_DIMENSIONS + 1))
+"""What follows the number of dimensions: each of them, the type, the offset."""
 
 
 class _Cursor:
-    __slots__ = ("at", "buffer", "end", "file_bytes")
+    __slots__ = ("at", "buffer", "end", "file_bytes", "kept")
 
     def __init__(self, buffer: bytes, file_bytes: int) -> None:
         self.buffer = buffer
         self.end = len(buffer)
         self.file_bytes = file_bytes
         self.at = 0
+        self.kept = 0
 
-    def reach(self, end: int) -> None:
-        """Make sure that the bytes up to `end` are there."""
+    def reach(self, end: int, likely: int = 0) -> None:
+        """Make sure that the bytes up to `end` are there; `likely`: how far the header goes."""
         if end > self.end:
             if end > self.file_bytes:
-                raise GgufError(
+                raise _beyond(
+                    end,
                     f"the header is cut off: it goes on to byte {end}, the file ends at "
-                    f"{self.file_bytes}"
+                    f"{self.file_bytes}",
                 )
-            raise NeedMore(end)
+            raise NeedMore(end, min(likely, self.file_bytes))
 
     def take(self, count: int) -> bytes:
         start = self.at
@@ -196,22 +217,54 @@ class _Cursor:
         return value
 
     def string(self, limit: int) -> str | None:
-        """A string of at most `limit` bytes; None if it is longer, and skipped."""
+        """A string of at most `limit` bytes; None if it is longer, or if too much is kept already:
+        then it is skipped."""
         length = self.u64()
-        if length > limit:
+        if length > limit or self.kept + length > MAX_KEPT_BYTES:
             self.skip(length)
             return None
+        self.kept += length
         return self.take(length).decode("utf-8", errors="replace")
 
     def skip_strings(self, count: int) -> None:
-        """Walk over `count` strings; the vocabulary has hundreds of thousands."""
+        """Walk over `count` strings; vocabularies have hundreds of thousands, mostly short."""
+        start, left = self.at, count
+        while left:
+            block = min(left, STRINGS_A_BLOCK)
+            if block == STRINGS_A_BLOCK and (
+                match := _block_of_short_strings().match(self.buffer, self.at)
+            ):
+                self.at = match.end()
+            else:
+                mean = (self.at - start) / (count - left) if left < count else 0.0
+                self._walk(block, likely=self.at + int(left * mean * 1.1))
+            left -= block
+
+    def _walk(self, count: int, likely: int) -> None:
         buffer, at, end, unpack = self.buffer, self.at, self.end, _U64.unpack_from
         for _ in range(count):
             if at + 8 > end:
-                self.reach(at + 8)
+                self.reach(at + 8, likely)
             at += 8 + unpack(buffer, at)[0]
         self.at = at
-        self.reach(at)
+        self.reach(at, likely)
+
+
+@functools.cache
+def _block_of_short_strings() -> re.Pattern[bytes]:
+    """Exactly STRINGS_A_BLOCK strings shorter than SHORT_STRING_BYTES each.
+
+    The engine of `re` walks over them three times as fast as a loop can. The usual lengths come
+    first because it tries one after the other; it never looks back (`+`).
+    """
+    lengths = sorted(range(SHORT_STRING_BYTES), key=lambda length: abs(length - 7))
+    strings = (re.escape(_U64.pack(length)) + b".{%d}" % length for length in lengths)
+    return re.compile(b"(?s:%s){%d}+" % (b"|".join(strings), STRINGS_A_BLOCK))
+
+
+def _beyond(end: int, words: str) -> GgufError:
+    """The file ends before `end`: it was cut, unless no file goes that far."""
+    return GgufTruncated(words) if end <= MAX_FILE_BYTES else GgufError(words)
 
 
 def _metadata(cursor: _Cursor, count: int) -> dict[str, Scalar | ArrayLength]:
@@ -263,54 +316,15 @@ def _raw_tensor(cursor: _Cursor) -> _RawTensor:
     count = cursor.u32()
     if count > MAX_DIMENSIONS:
         raise GgufError(f"tensor {name!r} has {count} dimensions, more than {MAX_DIMENSIONS}")
-    dimensions = tuple(cursor.u64() for _ in range(count))
-    return _RawTensor(name, dimensions, cursor.u32(), cursor.u64())
+    *dimensions, kind, offset = _EXTENTS[count].unpack(cursor.take(_EXTENTS[count].size))
+    return _RawTensor(name, tuple(dimensions), kind, offset)
 
 
 # -- tensors --------------------------------------------------------------------------------------
 
-_TYPES: dict[int, tuple[str, int, int]] = {
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    2: ("Q4_0", 32, 18),
-    3: ("Q4_1", 32, 20),
-    6: ("Q5_0", 32, 22),
-    7: ("Q5_1", 32, 24),
-    8: ("Q8_0", 32, 34),
-    9: ("Q8_1", 32, 40),
-    10: ("Q2_K", 256, 84),
-    11: ("Q3_K", 256, 110),
-    12: ("Q4_K", 256, 144),
-    13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210),
-    15: ("Q8_K", 256, 292),
-    16: ("IQ2_XXS", 256, 66),
-    17: ("IQ2_XS", 256, 74),
-    18: ("IQ3_XXS", 256, 98),
-    19: ("IQ1_S", 256, 50),
-    20: ("IQ4_NL", 32, 18),
-    21: ("IQ3_S", 256, 110),
-    22: ("IQ2_S", 256, 82),
-    23: ("IQ4_XS", 256, 136),
-    24: ("I8", 1, 1),
-    25: ("I16", 1, 2),
-    26: ("I32", 1, 4),
-    27: ("I64", 1, 8),
-    28: ("F64", 1, 8),
-    29: ("IQ1_M", 256, 56),
-    30: ("BF16", 1, 2),
-    34: ("TQ1_0", 256, 54),
-    35: ("TQ2_0", 256, 66),
-    39: ("MXFP4", 32, 17),
-    40: ("NVFP4", 64, 36),
-    41: ("Q1_0", 128, 18),
-    42: ("Q2_0", 64, 18),
-}
-"""ggml type: name, elements a block, bytes a block. A test holds it against the gguf package."""
-
 
 def _placed(raw: _RawTensor, data_offset: int, alignment: int, file_bytes: int) -> TensorInfo:
-    known = _TYPES.get(raw.type)
+    known = TYPES.get(raw.type)
     if known is None:
         raise GgufError(f"tensor {raw.name!r} has the unknown type {raw.type}")
     name, block, block_bytes = known
@@ -327,9 +341,10 @@ def _placed(raw: _RawTensor, data_offset: int, alignment: int, file_bytes: int) 
     size = elements // block * block_bytes
     end = data_offset + raw.offset + size
     if end > file_bytes:
-        raise GgufError(
+        raise _beyond(
+            end,
             f"tensor {raw.name!r} ends at byte {end}, but the file has {file_bytes}: it is "
-            f"{end - file_bytes} bytes short"
+            f"{end - file_bytes} bytes short",
         )
     return TensorInfo(raw.name, raw.dimensions, name, data_offset + raw.offset, size)
 

@@ -1,43 +1,25 @@
-"""The cheap checks before every load: what they find wrong reaches no engine.
+"""What is looked at before every load: what is found wrong reaches no engine.
 
-`observe` looks (blocking, a few milliseconds a shard), `judge` decides. Checked for every shard of
-a set: it is there, a readable regular file, GGUF of a known version, its header whole, every tensor
-inside the file, and the set consistent in itself.
+`look` observes and judges (blocking, a few milliseconds for a hundred shards); `inspect` does it
+for what is no hub's: the built-in model and local files.
 """
 
 from __future__ import annotations
 
-import errno
-import os
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from meshd.cache import builtin
-from meshd.cache.gguf_header import GgufError, GgufHeader, NeedMore, parse_header
+from meshd.cache.gguf_header import GgufHeader
+from meshd.cache.ledger import Ledger
+from meshd.cache.manifest import MAX_SHARDS, Manifest, set_digest
+from meshd.cache.observe import Headers, explain_missing, observe
+from meshd.cache.places import Places
 from meshd.cache.references import SHARD, BuiltinRef, FileRef, model_id, parse_ref
-from meshd.errors import BadReference, BrokenWeights
+from meshd.cache.verdict import Expected, Observation, SetVerdict, judge
+from meshd.errors import BadReference
 from meshd.ids import ModelId
-
-FIRST_READ_BYTES = 64 * 1024
-MAX_HEADER_BYTES = 48 * 1024 * 1024
-"""Vocabularies of a quarter million tokens need about 10 MB."""
-DEFAULT_CREATED_AT = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Observation:
-    """What was seen of one shard. Exactly one of `problem` and `header` is set."""
-
-    path: str
-    number: int
-    """From 1."""
-    size: int | None = None
-    created_at: int = DEFAULT_CREATED_AT
-    header: GgufHeader | None = None
-    problem: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,52 +29,109 @@ class Weights:
     model: ModelId
     ref: str
     paths: tuple[Path, ...]
+    """Of the shards, in order."""
     total_bytes: int
+    """Of everything, the projector included."""
     architecture: str
     trained_context: int | None
     capabilities: tuple[str, ...]
     digest: str | None
-    """sha256 if it is known; cheap checks do not hash."""
+    """sha256 over the shards (`manifest.set_digest`); None if one was not hashed."""
     created_at: int
+    mmproj: Path | None = None
+    """The projector for images or sound."""
 
     @property
     def first_shard(self) -> Path:
         return self.paths[0]
 
 
-def inspect(ref: str, models_dir: Path) -> Weights:
-    """The weights `ref` names, checked. Blocking. `models_dir`: where the built-in model lives.
+def inspect(
+    ref: str, models_dir: Path, ledger: Ledger | None = None, headers: Headers | None = None
+) -> Weights:
+    """The weights `ref` names, if it is the built-in model or a local file, checked. Blocking.
 
-    Raises BadReference if the reference or its file does not exist, BrokenWeights naming the shard,
-    its path, what was expected and found, and what to do.
+    `models_dir`: where the built-in model lives. Local files need not have been hashed; their
+    digest is known if they were. Raises BadReference if the reference or its file does not exist,
+    BrokenWeights naming the shard, its path, what was expected and found, and what to do.
     """
     parsed = parse_ref(ref)
-    digest = None
     if isinstance(parsed, BuiltinRef):
-        path = builtin.ensure(models_dir)
-        digest = f"sha256:{builtin.SHA256}"
+        expected = (Expected(str(builtin.ensure(models_dir)), sha256=builtin.SHA256),)
+        verdict = judge(expected, [observe(expected[0].path, headers)], [builtin.SHA256])
     elif isinstance(parsed, FileRef):
-        path = parsed.path
+        verdict = look(local_set(parsed.path), ledger, headers)
     else:
-        raise BadReference(f"`{ref}` is not a file of this machine", param="ref")
-    observations = [observe(p, n) for n, p in enumerate(shard_paths(path), start=1)]
-    if len(observations) == 1 and observations[0].size is None:
-        raise BadReference(f"{path}: {observations[0].problem}", param="ref")
-    broken = judge(observations)
-    if broken is not None:
-        raise broken
-    first = observations[0].header
-    assert first is not None, "judge passes only observations with a header"
+        raise BadReference(f"`{ref}` names a model of the hub, not a local file", param="ref")
+    first = verdict.observations[0]
+    if len(verdict.files) == 1 and first.facts is None:
+        raise BadReference(f"{first.path}: {first.problem}", param="ref")
+    if not verdict.ok and not verdict.needs_hash:
+        raise verdict.to_error(None)
+    return to_weights(model_id(ref), ref, verdict)
+
+
+def look(
+    expected: Sequence[Expected], ledger: Ledger | None, headers: Headers | None = None
+) -> SetVerdict:
+    """Look at the files of a set and judge them. Blocking; without a ledger no hash is known."""
+    observations = [observe(one.path, headers) for one in expected]
+    return judge(expected, observations, _known(observations, ledger))
+
+
+def look_at(
+    manifest: Manifest, places: Places, ledger: Ledger, headers: Headers | None = None
+) -> SetVerdict:
+    """The same for a set of the hub, as it should lie in the Hugging Face cache."""
+    expected = expected_of(manifest, places)
+    observations = [
+        explain_missing(observe(one.path, headers), one, places, manifest.repo) for one in expected
+    ]
+    return judge(expected, observations, _known(observations, ledger))
+
+
+def to_weights(
+    model: ModelId, ref: str, verdict: SetVerdict, manifest: Manifest | None = None
+) -> Weights:
+    """What an engine can be given. `manifest`: for a set of the hub, whose verdict must be OK; of
+    local files it may be that they were not hashed. Anything else is a ValueError."""
+    if not verdict.ok and (manifest is not None or not verdict.needs_hash):
+        raise ValueError(f"not to be given to an engine: {verdict.worst.words}")
+    shards, projectors = _parts(verdict)
+    first = _header(shards[0])
+    hashes = [file.sha256 for file in verdict.files if file.number > 0]
+    known = [sha256 for sha256 in hashes if sha256 is not None]
+    digest = set_digest(known) if len(known) == len(hashes) else None
+    facts = [seen.facts for seen in verdict.observations if seen.facts is not None]
     return Weights(
-        model=model_id(ref),
+        model=model,
         ref=ref,
-        paths=tuple(Path(o.path) for o in observations),
-        total_bytes=sum(o.size or 0 for o in observations),
+        paths=tuple(Path(seen.path) for seen in shards),
+        total_bytes=sum(one.size for one in facts),
         architecture=first.architecture or "",
         trained_context=first.context_length,
-        capabilities=_capabilities(first),
-        digest=digest,
-        created_at=max(o.created_at for o in observations),
+        capabilities=_capabilities(first, [_header(seen) for seen in projectors]),
+        digest=manifest.digest if manifest is not None else digest,
+        created_at=max(one.mtime_ns // 1_000_000_000 for one in facts),
+        mmproj=Path(projectors[0].path) if projectors else None,
+    )
+
+
+def local_set(path: Path) -> tuple[Expected, ...]:
+    """The set a local file belongs to, as far as its name tells. Raises BadReference."""
+    return tuple(Expected(str(shard)) for shard in shard_paths(path))
+
+
+def expected_of(manifest: Manifest, places: Places) -> tuple[Expected, ...]:
+    """The files of a manifest where engines open them: in the snapshot of its revision."""
+    return tuple(
+        Expected(
+            str(places.snapshot(manifest.repo, manifest.revision, file.path)),
+            file.size,
+            file.sha256,
+            projector=file is manifest.mmproj,
+        )
+        for file in manifest.files
     )
 
 
@@ -102,115 +141,44 @@ def shard_paths(path: Path) -> tuple[Path, ...]:
     if shard is None:
         return (path,)
     count = int(shard["count"])
+    if count > MAX_SHARDS:
+        raise BadReference(f"{path}: no set has {count} shards", param="ref")
     if not 1 <= int(shard["number"]) <= count:
         raise BadReference(f"{path}: there is no shard {shard['number']} of {count}", param="ref")
     return tuple(path.with_name(f"{shard['stem']}-{n:05d}-of-{count:05d}.gguf")
                  for n in range(1, count + 1))  # fmt: skip
 
 
-def observe(path: Path, number: int) -> Observation:
-    """Look at one shard; problems are part of what is seen, nothing is raised for them."""
-    text = str(path)
-    try:
-        # Without O_NONBLOCK a named pipe would keep us until somebody writes into it.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(fd, "rb") as file:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
-                return Observation(text, number, problem=f"is {kind}, not a regular file")
-            size = status.st_size
-            prefix = file.read(FIRST_READ_BYTES)
-            problem = _foreign(prefix, size)
-            header = None if problem else _read_header(file, prefix, size)
-    except OSError as error:
-        return Observation(text, number, problem=_why_unreadable(path, error))
-    if isinstance(header, str):
-        header, problem = None, header
-    return Observation(text, number, size, int(status.st_mtime), header, problem)
+def _known(observations: Sequence[Observation], ledger: Ledger | None) -> list[str | None]:
+    return [
+        ledger.known(seen.facts) if ledger is not None and seen.facts is not None else None
+        for seen in observations
+    ]
 
 
-def _read_header(file: IO[bytes], prefix: bytes, size: int) -> GgufHeader | str:
-    """The header, or words for what is wrong with it. Reads on while the parser asks for more."""
-    while True:
-        try:
-            return parse_header(prefix, size)
-        except GgufError as error:
-            return f"is damaged: {error}"
-        except NeedMore as more:
-            if more.size > MAX_HEADER_BYTES:
-                return f"has a header of more than {MAX_HEADER_BYTES} bytes"
-            wanted = min(max(more.size, 4 * len(prefix)), MAX_HEADER_BYTES)
-            prefix += file.read(wanted - len(prefix))
-            if len(prefix) < more.size:
-                return "became shorter while it was read"
+def _parts(verdict: SetVerdict) -> tuple[list[Observation], list[Observation]]:
+    """(shards, projectors)"""
+    shards: list[Observation] = []
+    projectors: list[Observation] = []
+    for expected, seen in zip(verdict.expected, verdict.observations, strict=True):
+        (projectors if expected.projector else shards).append(seen)
+    return shards, projectors
 
 
-def judge(observations: Sequence[Observation]) -> BrokenWeights | None:
-    """The first thing wrong with a set, or None. The order: each file, then the set."""
-    total = len(observations)
-    for seen in observations:
-        if seen.problem is not None or seen.header is None:
-            return _broken(seen, total, seen.problem or "was not read")
-        split = seen.header.split
-        if total == 1:
-            if split is not None:
-                return _broken(
-                    seen, total, f"is shard {split[0] + 1} of {split[1]}, but its name does not "
-                    "say so, and the others cannot be found"
-                )  # fmt: skip
-            continue
-        if split is None or split[1] != total:
-            said = f"of {split[1]} shards" if split else "not split"
-            return _broken(seen, total, f"says it is {said}, its name says {total}")
-        if split[0] != seen.number - 1:
-            return _broken(seen, total, f"holds shard {split[0] + 1}")
-    if not observations[0].header.architecture:  # type: ignore[union-attr]
-        return _broken(observations[0], total, "names no architecture (general.architecture)")
-    if total > 1:
-        declared = observations[0].header.split[2]  # type: ignore[union-attr,index]
-        found = sum(len(o.header.tensors) for o in observations if o.header)
-        if declared != found:
-            return _broken(
-                observations[0], total, f"promises {declared} tensors, the set holds {found}"
-            )
-    return None
+def _header(seen: Observation) -> GgufHeader:
+    assert seen.header is not None, "a file without one has a fault"
+    return seen.header
 
 
-def _broken(seen: Observation, total: int, problem: str) -> BrokenWeights:
-    which = f"shard {seen.number:05d}-of-{total:05d} " if total > 1 else ""
-    return BrokenWeights(
-        f"{which}{seen.path} {problem}; put the right file there (loading is tried again by "
-        "itself), or `meshd load` another",
-        path=seen.path,
-    )
-
-
-def _foreign(prefix: bytes, size: int) -> str | None:
-    """Words for what is not weights at all: the usual left-overs of a failed download."""
-    if size == 0:
-        return "is empty"
-    start = prefix[:64].lstrip().lower()
-    if start.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, not the weights (`git lfs pull` fetches them)"
-    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "is a web page, not weights: what was saved is an error page"
-    if start.startswith((b"{", b"[")):
-        return "is JSON, not weights: what was saved is an error message"
-    return None
-
-
-def _why_unreadable(path: Path, error: OSError) -> str:
-    if error.errno == errno.ENOENT:
-        if path.is_symlink():
-            return f"is a link to {path.readlink()}, which does not exist"
-        return "is missing"
-    return f"cannot be read: {error.strerror}"
-
-
-def _capabilities(header: GgufHeader) -> tuple[str, ...]:
+def _capabilities(header: GgufHeader, projectors: Sequence[GgufHeader]) -> tuple[str, ...]:
     if header.embeds:
         return ("embeddings",)
+    found = ["completion"]
     if header.text("tokenizer.chat_template"):
-        return ("completion", "chat")
-    return ("completion",)
+        found.append("chat")
+    for projector in projectors:
+        if projector.metadata.get("clip.has_vision_encoder", True):
+            found.append("vision")
+        if projector.metadata.get("clip.has_audio_encoder", False):
+            found.append("audio")
+    return tuple(found)

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshd.cache import gguf_header
 from meshd.cache.gguf_header import (
     MAX_METADATA,
     MAX_TENSORS,
@@ -22,6 +21,7 @@ from meshd.cache.gguf_header import (
     NeedMore,
     parse_header,
 )
+from meshd.cache.gguf_types import TYPES
 from tests.models import small_model
 
 
@@ -55,7 +55,7 @@ def test_what_the_gguf_package_wrote(model: bytes, tmp_path: Path) -> None:
 
 def test_the_type_table_is_ggmls() -> None:
     known = {int(kind): sizes for kind, sizes in gguf.constants.GGML_QUANT_SIZES.items()}
-    ours = {number: (block, size) for number, (_, block, size) in gguf_header._TYPES.items()}
+    ours = {number: (block, size) for number, (_, block, size) in TYPES.items()}
     assert {n: ours[n] for n in ours if n in known} == {n: known[n] for n in known if n in ours}
     assert set(known) <= set(ours)
 

@@ -14,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshd.cache import builtin
+from meshd.cache.facts import FileFacts
 from meshd.cache.gguf_header import GgufHeader, TensorInfo
 from meshd.cache.usage import read_usage
-from meshd.cache.weights import Observation, inspect, judge, shard_paths
+from meshd.cache.verdict import Expected, Fault, Observation, judge
+from meshd.cache.weights import inspect, shard_paths
 from meshd.errors import BadReference, BrokenWeights
 from tests.models import small_model
 
@@ -146,7 +148,7 @@ def observation(number: int, count: int, tensors: int, *, arch: str = "llama") -
     metadata = {"split.no": number - 1, "split.count": count, "split.tensors.count": count}
     infos = tuple(TensorInfo(f"t{number}.{i}", (1,), "F32", 64, 4) for i in range(tensors))
     header = GgufHeader(3, {"general.architecture": arch, **metadata}, infos, 32, 64)
-    return Observation(f"/m/{number}", number, size=100, header=header)
+    return Observation(f"/m/{number}", FileFacts(f"/m/{number}", 100, 0, number, 0), header)
 
 
 @given(
@@ -159,24 +161,24 @@ def test_a_set_is_whole_only_if_every_part_is(parts: list[str]) -> None:
         one = observation(number, count, 1)
         match part:
             case "problem":
-                one = replace(one, header=None, problem="is missing")
+                one = Observation(one.path, fault=Fault.MISSING, problem="is missing")
             case "number":
-                one = replace(observation(number + 1, count, 1), number=number)
+                one = replace(observation(number + 1, count, 1), path=one.path)
             case "count":
                 one = observation(number, count + 1, 1)
             case "tensors":
                 one = observation(number, count, 2)
         seen.append(one)
-    broken = judge(seen)
-    assert (broken is None) == all(part == "ok" for part in parts)
-    if broken is not None:
-        assert broken.path in {one.path for one in seen}
+    verdict = judge([Expected(one.path) for one in seen], seen, ["0" * 64] * count)
+    assert verdict.ok == all(part == "ok" for part in parts)
+    if not verdict.ok:
+        assert verdict.to_error(None).path in {one.path for one in seen}
 
 
 def test_weights_without_architecture() -> None:
-    broken = judge([observation(1, 2, 1, arch=""), observation(2, 2, 1)])
-    assert broken is not None
-    assert "general.architecture" in broken.message
+    seen = [observation(1, 2, 1, arch=""), observation(2, 2, 1)]
+    verdict = judge([Expected(one.path) for one in seen], seen, ["0" * 64] * 2)
+    assert "general.architecture" in verdict.to_error(None).message
 
 
 # -- the built-in model ---------------------------------------------------------------------------
