@@ -25,6 +25,7 @@ from meshd.errors import (
 )
 from meshd.ids import MeshId, NodeId
 from meshd.kernel import Pool, Service
+from meshd.peers.bulk.words import Credentials
 from meshd.peers.joining.invite_book import InviteBook
 from meshd.peers.joining.invites import Invite, encode_invite
 from meshd.peers.joining.join_desk import JoinDesk
@@ -214,7 +215,13 @@ class MeshService(Service):
         desk = await self._desk(trust, session)
         await self._listener.start(
             trust.server_context(),
-            Speakers(trust.authenticate, desk.serve, session.linking.serve, session.serve_raw),
+            Speakers(
+                trust.authenticate,
+                desk.serve,
+                session.linking.serve,
+                session.serve_raw,
+                session.bulk.take,
+            ),
             lambda work: self.spawn(work, name="peer"),
         )
         session.start()
@@ -323,6 +330,21 @@ class MeshService(Service):
 
     def gossip_bytes(self) -> tuple[int, int]:
         return (0, 0) if self._session is None else self._session.gossip_bytes()
+
+    def bulk_credentials(self) -> Credentials | None:
+        """For a process that opens bulk streams; None while this node is in no mesh."""
+        return None if self._session is None else self._session.bulk_credentials()
+
+    def bulk_peers(self) -> tuple[KnownPeer, ...]:
+        """The nodes that may be asked for weights."""
+        return () if self._session is None else self._session.bulk_peers()
+
+    def bulk_bytes(self) -> tuple[int, int]:
+        """(received, sent) by bulk streams other nodes opened here, those that are over."""
+        if self._session is None:
+            return (0, 0)
+        received, sent = self._session.bulk.bytes_carried
+        return received, sent
 
     # -- commands ---------------------------------------------------------------------------------
 

@@ -19,6 +19,8 @@ from meshd.config import Config
 from meshd.errors import MeshdError, PeerRefused, PeerUnreachable
 from meshd.ids import BootId, InstanceId, NodeId
 from meshd.kernel import Board, Clock, Driver, FlightRecorder
+from meshd.peers.bulk.handover import Handover
+from meshd.peers.bulk.words import Credentials, der_to_wire
 from meshd.peers.joining.renewing import Renewing
 from meshd.peers.links.channel import FrameChannel
 from meshd.peers.links.codec import message_from_wire, message_to_wire
@@ -52,6 +54,12 @@ log = logging.getLogger(__name__)
 
 TICK_S: Final = 0.25
 SWEEP_S: Final = 1.0
+MAX_BULK_STREAMS: Final = 32
+"""That other nodes have open here; each is a thread of the carrier."""
+
+
+def _nothing_in_bulk(node: NodeId, wanted: Open) -> dict[str, Any]:
+    raise PeerRefused(f"there is no service `{wanted.service}` here", reason="no_service")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +75,11 @@ class Needs:
     inflight: Callable[[InstanceId], int]
     serve_api: Callable[[str], asyncio.Protocol]
     """A protocol that serves an authenticated peer, by its name, from this node's engines."""
+    carrier: tuple[str, ...] = ()
+    """The command that becomes the carrier of bulk streams; empty: they are not served."""
+    serve_bulk: Callable[[NodeId, Open], dict[str, Any]] = _nothing_in_bulk
+    """What the carrier is to do for a node that asks so; of `shard` the grant, of `manifest` the
+    answer itself. Raises PeerRefused."""
 
 
 class Session:
@@ -97,6 +110,15 @@ class Session:
         self._connector = Connector(trust.client_context, trust.authenticate)
         self.streams = Streams(needs.config.peers.max_streams)
         self.streams.offer({"api": self._serve_api})
+        self.bulk = Handover(
+            needs.carrier,
+            authenticate=trust.authenticate,
+            serve=self._serve_bulk,
+            credentials=self.bulk_credentials,
+            limit=MAX_BULK_STREAMS,
+            clock=needs.clock,
+            spawn=needs.spawn,
+        )
         self.linking = Linking(
             self.own,
             self._connector,
@@ -132,7 +154,7 @@ class Session:
             self.telling.book,
             lambda: trust.membership,
         )
-        trust.on_renewal = self.telling.say_again  # adverts carry the certificate
+        trust.on_renewal = self._renewed
         self.renewing = Renewing(trust, needs.clock, needs.rng.choice)
         self._unsubscribe = needs.board.subscribe(self._view_changed)
 
@@ -158,6 +180,7 @@ class Session:
         self._driver.close()
         self.linking.close("leaving" if self._leaving else "closing")
         self.streams.cut()
+        self.bulk.close()
 
     async def _ticks(self) -> None:
         next_sweep_at = 0.0
@@ -207,6 +230,31 @@ class Session:
             if m.state is PeerState.ALIVE and m.addresses
         )[:16]
 
+    def bulk_credentials(self) -> Credentials:
+        """What a process needs to open and serve bulk streams for this node."""
+        membership = self.trust.membership
+        return Credentials(
+            ca_der=der_to_wire(membership.ca_certificate),
+            certificate_path=str(membership.certificate_path),
+            key_path=str(self.trust.identity.key_path),
+            mesh_id=membership.mesh_id,
+        )
+
+    def bulk_peers(self) -> tuple[KnownPeer, ...]:
+        """The nodes that may be asked for weights: alive, no clients, not on the deny list."""
+        return tuple(
+            KnownPeer(node_id=node, name=self._showing.name_of(node), addresses=m.addresses)
+            for node, m in self._swim.members.items()
+            if m.state is PeerState.ALIVE
+            and m.addresses
+            and node not in self.trust.denied
+            and not self._is_client(node)
+        )
+
+    def _is_client(self, node: NodeId) -> bool:
+        advert = self.telling.book.get(node)
+        return advert is not None and advert.role is Role.CLIENT
+
     async def remember(self) -> None:
         """Keep where the others are for the next start."""
         await self.trust.remember(
@@ -236,6 +284,7 @@ class Session:
             log.warning("node %s is on the deny list", self._showing.name_of(node))
             self.linking.drop(node)
             self.streams.cut(node)
+            self.bulk.cut(node)
             self.telling.forget(node)
             self._driver.post(gossip.NodeRevoked(node))
         self._showing.within(AT_ONCE_S)
@@ -252,6 +301,15 @@ class Session:
             return self._needs.serve_api(self._showing.name_of(node))
         except MeshdError as error:
             raise PeerRefused(error.message, reason=error.code) from None
+
+    def _serve_bulk(self, node: NodeId, wanted: Open) -> dict[str, Any]:
+        if self.role is Role.CLIENT:
+            raise PeerRefused("a client node serves no weights", reason="no_service")
+        return self._needs.serve_bulk(node, wanted)
+
+    def _renewed(self) -> None:
+        self.telling.say_again()  # adverts carry the certificate
+        self.bulk.renewed()
 
     # -- linking.Listener -------------------------------------------------------------------------
 

@@ -15,7 +15,8 @@ from meshd.ids import InstanceId, ModelId, NodeId
 from meshd.kernel import Board, FlightRecorder, MonotonicClock, Pool
 from meshd.peers.links.channel import FrameChannel
 from meshd.peers.links.listener import PeerListener, Speakers
-from meshd.peers.session import Needs, Session
+from meshd.peers.links.streams import Open
+from meshd.peers.session import Needs, Session, _nothing_in_bulk
 from meshd.peers.trust.certificates import certificate_der, make_csr
 from meshd.peers.trust.credentials import MeshStore
 from meshd.peers.trust.identity import load_or_create
@@ -80,6 +81,8 @@ class Station:
         self.served: list[EchoBack] = []
         self.joined: list[FrameChannel] = []
         self.port = 0
+        self.carrier: tuple[str, ...] = ()
+        self.serve_bulk: Callable[[NodeId, Open], dict[str, Any]] = _nothing_in_bulk
 
     @property
     def id(self) -> NodeId:
@@ -114,11 +117,17 @@ class Station:
             spawn=self.spawn,
             inflight=lambda _: 0,
             serve_api=self._serve,
+            carrier=self.carrier,
+            serve_bulk=self._serve_bulk,
         )
         role = membership.role
         self.session = Session(trust, role, self.store.next_start(), needs, lambda: (self.address,))
         speakers = Speakers(
-            trust.authenticate, self._join, self.session.linking.serve, self.session.serve_raw
+            trust.authenticate,
+            self._join,
+            self.session.linking.serve,
+            self.session.serve_raw,
+            self.session.bulk.take,
         )
         await self.listener.start(trust.server_context(), speakers, self.spawn)
         self.session.start()
@@ -203,6 +212,9 @@ class Station:
         protocol = EchoBack(peer)
         self.served.append(protocol)
         return protocol
+
+    def _serve_bulk(self, node: NodeId, wanted: Open) -> dict[str, Any]:
+        return self.serve_bulk(node, wanted)
 
     async def _join(self, channel: FrameChannel) -> None:
         self.joined.append(channel)
