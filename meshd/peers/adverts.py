@@ -21,6 +21,7 @@ MAX_NODES: Final = 4096
 bounds a mistake rather than an attack."""
 MAX_MODELS: Final = 256
 MAX_DEVICES: Final = 64
+MAX_WEIGHTS: Final = 128
 MAX_BODY_BYTES: Final = 40 * 1024
 """Of an advert's JSON; signed and in base64 it must fit into one envelope of 64 KiB."""
 MAX_PROGRESS_STEPS: Final = 10
@@ -28,6 +29,7 @@ MAX_PROGRESS_STEPS: Final = 10
 
 Text = Annotated[str, StringConstraints(max_length=256)]
 Count = Annotated[int, Field(ge=0, le=1 << 53)]
+Digest = Annotated[str, StringConstraints(max_length=80)]
 
 
 class _Peer(BaseModel):
@@ -84,7 +86,8 @@ class AdvertDevice(_Peer):
 
 
 class Advert(_Peer):
-    """Client nodes advertise neither models nor devices; what they send of them is dropped."""
+    """Client nodes advertise neither models nor devices nor weights; what they send of them is
+    dropped."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
     version: Text
@@ -94,6 +97,8 @@ class Advert(_Peer):
     rpc_protocol: Text | None = None
     devices: Annotated[list[AdvertDevice], Field(max_length=MAX_DEVICES)] = []
     models: Annotated[list[AdvertModel], Field(max_length=MAX_MODELS)] = []
+    weights: Annotated[list[Digest], Field(max_length=MAX_WEIGHTS)] = []
+    """Digests of the sets it holds verified."""
 
 
 def describe(view: View, name: str, role: Role) -> dict[str, Any]:
@@ -126,6 +131,9 @@ def describe(view: View, name: str, role: Role) -> dict[str, Any]:
     # Models that are served come first: they are the last to be left out.
     models = sorted((_model(view, name) for name in view.local), key=lambda m: not m["instance"])
     body["models"] = models[:MAX_MODELS]
+    # Sets that are alike under two names count once. Full-policy: the first ones by model stay.
+    digests = dict.fromkeys(weights.digest for weights in view.weights)
+    body["weights"] = list(digests)[:MAX_WEIGHTS]
     while len(orjson.dumps(body)) > MAX_BODY_BYTES and body["models"]:
         body["models"] = body["models"][: len(body["models"]) // 2]
     return body
@@ -174,6 +182,13 @@ class AdvertBook:
             return ()
         free = self._slots_free.get(node, {})
         return tuple(m.to_view(free.get(m.instance or "")) for m in advert.models)
+
+    def weights(self, node: NodeId) -> frozenset[str]:
+        """Digests of the sets it says it holds verified."""
+        advert = self.get(node)
+        if advert is None or advert.role is Role.CLIENT:
+            return frozenset()
+        return frozenset(advert.weights)
 
     def forget(self, node: NodeId) -> None:
         self._adverts.pop(node, None)

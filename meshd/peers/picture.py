@@ -46,6 +46,7 @@ def picture(
                 draining=advert.draining if advert is not None else False,
                 devices=tuple(d.to_view() for d in advert.devices) if advert is not None else (),
                 models=adverts.models(node),
+                weights=adverts.weights(node),
             )
         )
     return names[own], tuple(sorted(peers, key=lambda p: (p.name, p.id)))

@@ -190,7 +190,8 @@ class Telling:
             problem = error.errors(include_url=False, include_input=False)[0]
             raise ProtocolError(f"an advert is malformed: {problem['msg']}") from None
         if signed.role is Role.CLIENT:
-            advert = advert.model_copy(update={"role": Role.CLIENT, "models": [], "devices": []})
+            nothing: dict[str, list[Any]] = {"models": [], "devices": [], "weights": []}
+            advert = advert.model_copy(update={"role": Role.CLIENT, **nothing})
         if self.book.put(signed.node_id, signed.version, advert, envelope):
             self._wanted.pop(signed.node_id, None)
             self._changed(True)

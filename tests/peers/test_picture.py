@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 from meshd.ids import InstanceId, ModelId, NodeId
 from meshd.peers.adverts import (
     MAX_BODY_BYTES,
+    MAX_WEIGHTS,
     Advert,
     AdvertBook,
     describe,
@@ -28,6 +30,7 @@ from meshd.view import (
     Role,
     Target,
     View,
+    WeightsView,
 )
 
 A, B, C = (NodeId(c * 52) for c in "abc")
@@ -49,6 +52,16 @@ def served(name: str = "m", slots: int = 4) -> ModelView:
         hosts=(HostView("one", A, 3, ModelState.READY, 512, slots, slots, 77),),
         targets=(Target(model, "one", InstanceId(f"~{name}"), "/run/x", slots),),
     )
+
+
+def holding(count: int, *models: ModelView) -> View:
+    """With that many sets on its disk, each under two names."""
+    sets = [
+        WeightsView(ModelId(f"m{n}{name}"), "r", f"sha256:{n:064x}", 1 << 30)
+        for n in range(count)
+        for name in "ab"
+    ]
+    return replace(view(*models), weights=tuple(sets))
 
 
 def put(book: AdvertBook, node: NodeId, body: dict[str, Any], version: int = 1) -> bool:
@@ -102,6 +115,32 @@ def test_a_client_advertises_no_capacity_and_none_is_believed() -> None:
     assert book.models(A) == ()
 
 
+def test_the_weights_on_disk_are_told_once_a_set() -> None:
+    book = AdvertBook()
+    put(book, A, describe(holding(3), "one", Role.MEMBER))
+    _, (peer,) = picture({A: Standing(PeerState.ALIVE, ())}, book, {}, B, "two")
+    assert peer.weights == {f"sha256:{n:064x}" for n in range(3)}
+    put(book, A, describe(view(), "one", Role.MEMBER), version=2)
+    assert book.weights(A) == frozenset()
+    assert book.weights(B) == frozenset()
+
+
+def test_more_weights_than_fit_are_left_out_before_models_are() -> None:
+    models = [served(f"m{n}") for n in range(100)]
+    body = describe(holding(MAX_WEIGHTS + 50, *models), "one", Role.MEMBER)
+    assert len(body["weights"]) == MAX_WEIGHTS
+    assert len(orjson.dumps(body)) <= MAX_BODY_BYTES
+    assert len(body["models"]) == 100
+    Advert.model_validate(body)
+
+
+def test_a_client_s_weights_are_neither_told_nor_believed() -> None:
+    assert "weights" not in describe(holding(2), "one", Role.CLIENT)
+    book = AdvertBook()
+    put(book, A, {**describe(holding(2), "one", Role.MEMBER), "role": "client"})
+    assert book.weights(A) == frozenset()
+
+
 def test_draining_is_said() -> None:
     assert describe(view(state=NodeState.DRAINING), "one", Role.MEMBER)["draining"] is True
     assert describe(view(), "one", Role.MEMBER)["draining"] is False
@@ -131,6 +170,9 @@ def test_an_advert_fits_and_keeps_what_is_served() -> None:
         {"models": [{"id": "m" * 300, "state": "ready"}]},
         {"devices": [{"name": "x"}]},
         {"draining": "yes"},
+        {"weights": "sha256:"},
+        {"weights": ["x" * 81]},
+        {"weights": ["x"] * (MAX_WEIGHTS + 1)},
     ],
 )
 def test_a_malformed_advert_is_refused(change: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from typing import Any, cast
 import pytest
 
 from meshd.errors import PeerRefused, PeerUnreachable
-from meshd.ids import NodeId
+from meshd.ids import ModelId, NodeId
 from meshd.kernel import Pool
 from meshd.peers.links.codec import message_to_wire
 from meshd.peers.links.frames import frame
@@ -23,7 +23,7 @@ from meshd.peers.links.links import ControlLink
 from meshd.peers.protocol import ALPN_CTL, ALPN_RAW
 from meshd.peers.swim.gossip import Dead, Gossip
 from meshd.peers.trust.certificates import certificate_der
-from meshd.view import MeshState, NodeState, PeerState, Role
+from meshd.view import MeshState, NodeState, PeerState, Role, WeightsView
 from tests.peers.station import EchoBack, Station
 
 Maker = Callable[..., Awaitable[Station]]
@@ -96,6 +96,17 @@ async def test_two_nodes_see_each_other_and_what_they_serve(make: Maker) -> None
     assert b.board.current.mesh.state is MeshState.MEMBER
     assert b.board.current.mesh.id == a.board.current.mesh.id
     assert (a.board.current.mesh.issuer, b.board.current.mesh.issuer) == (True, False)
+
+
+async def test_the_weights_a_node_holds_are_known_to_the_others(make: Maker) -> None:
+    a = await make("a")
+    b = await make("b", a)
+    await all_see_all(a, b)
+    held = WeightsView(ModelId("m"), "owner/m", "sha256:" + "a" * 64, 1 << 30)
+    a.board.publish(replace(a.board.current, weights=(held,)))
+    await b.until(lambda: b.peer(a).weights == {held.digest}, "a's weights")  # type: ignore[union-attr]
+    a.board.publish(replace(a.board.current, weights=()))
+    await b.until(lambda: not b.peer(a).weights, "their end")  # type: ignore[union-attr]
 
 
 async def test_a_newcomer_that_knows_one_meets_all_and_each_pair_has_one_link(make: Maker) -> None:
