@@ -153,6 +153,12 @@ class NotInCache(MeshdError):
     code, status = "not_in_cache", 404
 
 
+class CacheUnwritable(MeshdError):
+    """The disk under the weights refuses or fails; the message names the file and why."""
+
+    code = "cache_unwritable"
+
+
 class WeightsInUse(MeshdError):
     """Weights that cannot be removed now: an engine runs on them, or something else needs them."""
 

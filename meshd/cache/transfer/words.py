@@ -157,6 +157,9 @@ class Stream(Protocol):
 
     def close(self) -> None: ...
 
+    def abort(self) -> None:
+        """End it now, from any thread: the one that uses it gets PeerUnreachable."""
+
 
 OpenStream: TypeAlias = Callable[[PeerSource, dict[str, Any]], tuple[Stream, dict[str, Any]]]
 """Open a stream with that `open` frame; the stream and the answer to it. Raises PeerUnreachable,
