@@ -14,6 +14,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 from meshd.cache.gguf_types import TYPES
 
@@ -43,13 +44,11 @@ class GgufTruncated(GgufError):
 
 
 class NeedMore(Exception):
-    """The header goes on behind the bytes given: at least the first `size` bytes of the file are
-    needed, and probably the first `likely`."""
+    """The header goes on behind the bytes given; `size` bytes from the start are wanted."""
 
-    def __init__(self, size: int, likely: int = 0) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__(size)
         self.size = size
-        self.likely = max(size, likely)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,14 +118,22 @@ class GgufHeader:
         return self.integer(f"{self.architecture}.pooling_type") is not None
 
 
-def parse_header(prefix: bytes, file_bytes: int) -> GgufHeader:
+Walks = dict[int, tuple[int, int]]
+"""How far arrays of strings were walked over before bytes ran out: (strings left, offset of the
+next one) by the offset of the first."""
+
+
+def parse_header(prefix: bytes, file_bytes: int, walks: Walks | None = None) -> GgufHeader:
     """The header of a file of `file_bytes` bytes that starts with `prefix`.
+
+    `walks`: empty at first and given again with a longer prefix, it saves walking over long arrays
+    anew.
 
     Raises NeedMore if `prefix` ends inside the header, GgufError if the header is wrong: other
     magic or version, absurd counts, truncated, a tensor of unknown type, outside the file,
     misaligned, doubled or overlapping another.
     """
-    cursor = _Cursor(prefix, file_bytes)
+    cursor = _Cursor(prefix, file_bytes, walks if walks is not None else {})
     if cursor.take(4) != MAGIC:
         raise GgufError(f"it does not begin with {MAGIC.decode()} but with {prefix[:4]!r}")
     version = cursor.u32()
@@ -178,17 +185,18 @@ _EXTENTS = tuple(struct.Struct(f"<{count}QIQ") for count in range(MAX_DIMENSIONS
 
 
 class _Cursor:
-    __slots__ = ("at", "buffer", "end", "file_bytes", "kept")
+    __slots__ = ("at", "buffer", "end", "file_bytes", "kept", "walks")
 
-    def __init__(self, buffer: bytes, file_bytes: int) -> None:
+    def __init__(self, buffer: bytes, file_bytes: int, walks: Walks) -> None:
         self.buffer = buffer
         self.end = len(buffer)
         self.file_bytes = file_bytes
+        self.walks = walks
         self.at = 0
         self.kept = 0
 
-    def reach(self, end: int, likely: int = 0) -> None:
-        """Make sure that the bytes up to `end` are there; `likely`: how far the header goes."""
+    def reach(self, end: int) -> None:
+        """Make sure that the bytes up to `end` are there."""
         if end > self.end:
             if end > self.file_bytes:
                 raise _beyond(
@@ -196,7 +204,7 @@ class _Cursor:
                     f"the header is cut off: it goes on to byte {end}, the file ends at "
                     f"{self.file_bytes}",
                 )
-            raise NeedMore(end, min(likely, self.file_bytes))
+            raise NeedMore(end)
 
     def take(self, count: int) -> bytes:
         start = self.at
@@ -209,11 +217,19 @@ class _Cursor:
         self.at += count
 
     def u32(self) -> int:
-        value: int = _U32.unpack(self.take(4))[0]
+        at = self.at
+        if (end := at + 4) > self.end:
+            self.reach(end)
+        self.at = end
+        value: int = _U32.unpack_from(self.buffer, at)[0]
         return value
 
     def u64(self) -> int:
-        value: int = _U64.unpack(self.take(8))[0]
+        at = self.at
+        if (end := at + 8) > self.end:
+            self.reach(end)
+        self.at = end
+        value: int = _U64.unpack_from(self.buffer, at)[0]
         return value
 
     def string(self, limit: int) -> str | None:
@@ -228,26 +244,30 @@ class _Cursor:
 
     def skip_strings(self, count: int) -> None:
         """Walk over `count` strings; vocabularies have hundreds of thousands, mostly short."""
-        start, left = self.at, count
-        while left:
-            block = min(left, STRINGS_A_BLOCK)
-            if block == STRINGS_A_BLOCK and (
-                match := _block_of_short_strings().match(self.buffer, self.at)
-            ):
-                self.at = match.end()
-            else:
-                mean = (self.at - start) / (count - left) if left < count else 0.0
-                self._walk(block, likely=self.at + int(left * mean * 1.1))
-            left -= block
+        start = self.at
+        left, self.at = self.walks.get(start, (count, start))
+        try:
+            while left:
+                block = min(left, STRINGS_A_BLOCK)
+                if block == STRINGS_A_BLOCK and (
+                    match := _block_of_short_strings().match(self.buffer, self.at)
+                ):
+                    self.at = match.end()
+                else:
+                    self._walk(block)
+                left -= block
+        except NeedMore:
+            self.walks[start] = (left, self.at)
+            raise
 
-    def _walk(self, count: int, likely: int) -> None:
+    def _walk(self, count: int) -> None:
         buffer, at, end, unpack = self.buffer, self.at, self.end, _U64.unpack_from
         for _ in range(count):
             if at + 8 > end:
-                self.reach(at + 8, likely)
+                self.reach(at + 8)
             at += 8 + unpack(buffer, at)[0]
+        self.reach(at)
         self.at = at
-        self.reach(at, likely)
 
 
 @functools.cache
@@ -301,8 +321,7 @@ def _array(cursor: _Cursor, key: str) -> ArrayLength:
     return ArrayLength(items)
 
 
-@dataclass(frozen=True, slots=True)
-class _RawTensor:
+class _RawTensor(NamedTuple):
     name: str
     dimensions: tuple[int, ...]
     type: int

@@ -23,7 +23,7 @@ from typing import Final
 from meshd.cache.chunks import CHUNK_BYTES, chunk_count, chunk_span
 from meshd.cache.facts import FileFacts, settles_in_ns
 from meshd.cache.hashes import ChunkHashes, Stopped, cores, read_fully
-from meshd.cache.ledger import Ledger, facts_from
+from meshd.cache.ledger import Ledger, facts_from, facts_of_open
 from meshd.cache.verdict import Expected
 
 BUFFERS: Final = 3
@@ -80,7 +80,7 @@ def hash_file(
     # Without O_NONBLOCK a named pipe would keep us until somebody writes into it.
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        facts = facts_from(os.path.realpath(path), _settled(fd, stop))
+        facts = facts_of_open(fd, str(path), _settled(fd, stop))
         read_from_ns = time.time_ns()
         _advise(fd, "POSIX_FADV_SEQUENTIAL")
         whole, parts = _hash(fd, facts.size, stop, advance, chunks=chunks, spare_cache=spare_cache)

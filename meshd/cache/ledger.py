@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import time
@@ -17,6 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+import orjson
 
 from meshd.cache.facts import COARSE_STEP_NS, FileFacts, is_settled
 from meshd.kernel.files import write_atomic
@@ -107,7 +108,7 @@ class Ledger:
         same = before is not None and before.sha256 == sha256
         entry = {
             "format": FORMAT,
-            "path": facts.real_path,
+            "path": _as_text(facts.real_path),
             "size": facts.size,
             "mtime_ns": facts.mtime_ns,
             "inode": facts.inode,
@@ -117,12 +118,24 @@ class Ledger:
             "checked_at": now,
         }
         self._directory.mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(self._place(facts.real_path)), json.dumps(entry).encode())
+        write_atomic(Path(self._place(facts.real_path)), orjson.dumps(entry))
 
 
 def facts_of(path: Path) -> FileFacts:
     """The facts of the regular file at `path`, links followed. Raises OSError."""
     return facts_from(os.path.realpath(path), path.stat())
+
+
+def facts_of_open(fd: int, path: str, status: os.stat_result) -> FileFacts:
+    """The facts of a file that was opened at `path`; `status`: its fstat."""
+    # Linux tells what was really opened, and much faster than links can be followed one by one.
+    try:
+        real_path = str(Path(f"/proc/self/fd/{fd}").readlink())
+    except OSError:
+        real_path = ""
+    if not real_path.startswith("/") or real_path.endswith(" (deleted)"):
+        real_path = os.path.realpath(path)
+    return facts_from(real_path, status)
 
 
 def facts_from(real_path: str, status: os.stat_result) -> FileFacts:
@@ -137,13 +150,13 @@ def _read(path: str) -> LedgerEntry | None:
         # A hundred shards are looked up before every load: no more layers than it takes.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            found = json.loads(os.read(fd, MAX_ENTRY_BYTES))
+            found = orjson.loads(os.read(fd, MAX_ENTRY_BYTES))
         finally:
             os.close(fd)
         if found["format"] != FORMAT or not _is_sha256(found["sha256"]):
             return None
         facts = FileFacts(
-            str(found["path"]),
+            _as_path(found["path"]),
             int(found["size"]),
             int(found["mtime_ns"]),
             int(found["inode"]),
@@ -152,8 +165,17 @@ def _read(path: str) -> LedgerEntry | None:
         return LedgerEntry(
             facts, found["sha256"], float(found["hashed_at"]), float(found["checked_at"])
         )
-    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError):
         return None
+
+
+def _as_text(path: str) -> str:
+    """A path as text that JSON can hold: any bytes are allowed in paths, one character each."""
+    return os.fsencode(path).decode("latin-1")
+
+
+def _as_path(text: str) -> str:
+    return os.fsdecode(text.encode("latin-1"))
 
 
 def _is_sha256(text: object) -> bool:

@@ -22,9 +22,10 @@ from meshd.cache.gguf_header import (
     GgufHeader,
     GgufTruncated,
     NeedMore,
+    Walks,
     parse_header,
 )
-from meshd.cache.ledger import facts_from
+from meshd.cache.ledger import facts_of_open
 from meshd.cache.places import Places
 from meshd.cache.verdict import Expected, Fault, Observation
 from meshd.sizes import format_size
@@ -130,7 +131,7 @@ def _observe_open(path: str, fd: int, headers: Headers | None) -> Observation:
     if not stat.S_ISREG(status.st_mode):
         kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
         return Observation(path, fault=Fault.FOREIGN, problem=f"is {kind}, not a regular file")
-    facts = facts_from(os.path.realpath(path), status)
+    facts = facts_of_open(fd, path, status)
     header = headers.find(facts) if headers is not None else None
     if header is not None:
         return Observation(path, facts, header)
@@ -158,9 +159,10 @@ class _Damaged(Exception):
 
 def _read_header(fd: int, start: bytes, size: int) -> GgufHeader:
     """Parse the header, reading on while the parser asks for more. Raises _Damaged."""
+    walks: Walks = {}
     while True:
         try:
-            return parse_header(start, size)
+            return parse_header(start, size, walks)
         except GgufTruncated as error:
             raise _Damaged(Fault.SHORT, f"is cut off: {error}") from None
         except GgufError as error:
@@ -169,7 +171,7 @@ def _read_header(fd: int, start: bytes, size: int) -> GgufHeader:
             if more.size > MAX_HEADER_BYTES:
                 problem = f"has a header of more than {MAX_HEADER_BYTES} bytes"
                 raise _Damaged(Fault.CORRUPT, problem) from None
-            wanted = min(max(more.likely, GROWTH * len(start)), MAX_HEADER_BYTES)
+            wanted = min(max(more.size, GROWTH * len(start)), MAX_HEADER_BYTES)
             # From the beginning, the old bytes gone first: one buffer is all it ever takes.
             del start
             start = os.pread(fd, wanted, 0)

@@ -7,6 +7,7 @@ exactly one verdict a file; only a set whose files are all OK may reach an engin
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -166,8 +167,9 @@ def judge(
     """
     if not expected:
         raise ValueError("a set of weights has a file at least")
+    total = sum(not one.projector for one in expected)
     files = [
-        _judge_file(*one, number=number, total=sum(not e.projector for e in expected))
+        _judge_file(*one, number=number, total=total)
         for number, one in zip(
             _numbers(expected), zip(expected, observations, hashes, strict=True), strict=True
         )
@@ -184,10 +186,8 @@ def judge(
 
 
 def _numbers(expected: Sequence[Expected]) -> list[int]:
-    numbers: list[int] = []
-    for one in expected:
-        numbers.append(0 if one.projector else max(numbers, default=0) + 1)
-    return numbers
+    count = itertools.count(1)
+    return [0 if one.projector else next(count) for one in expected]
 
 
 def _judge_file(
