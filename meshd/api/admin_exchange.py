@@ -49,15 +49,26 @@ async def answer_lines(
         response = web.StreamResponse()
         response.content_type = "application/x-ndjson"
         await response.prepare(request)
-        if first is not None:
-            await response.write(orjson.dumps(first) + b"\n")
-        try:
-            async for event in events:
-                await response.write(orjson.dumps(event) + b"\n")
-        except MeshdError as error:
-            await response.write(orjson.dumps(failed_event(error)) + b"\n")
-        await response.write_eof()
+        with contextlib.suppress(_HungUp):
+            if first is not None:
+                await _write_line(response, first)
+            try:
+                async for event in events:
+                    await _write_line(response, event)
+            except MeshdError as error:
+                await _write_line(response, failed_event(error))
     return response
+
+
+async def _write_line(response: web.StreamResponse, event: dict[str, Any]) -> None:
+    try:
+        await response.write(orjson.dumps(event) + b"\n")
+    except ConnectionResetError:
+        raise _HungUp from None
+
+
+class _HungUp(Exception):
+    """Nobody reads the answer any more."""
 
 
 def failed_event(error: MeshdError) -> dict[str, Any]:

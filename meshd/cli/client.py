@@ -3,9 +3,11 @@ a short command does not need."""
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +31,32 @@ class AdminClient:
     def post(self, path: str, body: dict[str, Any]) -> Any:
         return self._exchange("POST", path, json.dumps(body).encode())
 
+    def post_lines(self, path: str, body: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
+        """The lines of the answer as they come. There is no time limit: the work may take hours;
+        closing the generator hangs up, which cancels it."""
+        with self._open("POST", path, json.dumps(body).encode(), timeout_s=None) as response:
+            for line in response:
+                yield json.loads(line)
+
     def _exchange(self, method: str, path: str, body: bytes | None) -> Any:
-        connection = _UnixConnection(self._path, self._timeout_s)
+        with self._open(method, path, body, timeout_s=self._timeout_s) as response:
+            payload = response.read()
+        return json.loads(payload) if payload else None
+
+    @contextlib.contextmanager
+    def _open(
+        self, method: str, path: str, body: bytes | None, *, timeout_s: float | None
+    ) -> Iterator[http.client.HTTPResponse]:
+        """The answer to a request, its body unread; raises for one that is an error."""
+        connection = _UnixConnection(self._path, timeout_s)
         try:
             headers = {"Content-Type": "application/json"} if body is not None else {}
             connection.request(method, path, body=body, headers=headers)
             response = connection.getresponse()
-            payload = response.read()
+            if response.status >= 400:
+                payload = response.read()
+                raise AdminRefused(json.loads(payload) if payload else None, response.status)
+            yield response
         except (FileNotFoundError, ConnectionRefusedError):
             raise DaemonNotRunning(
                 f"no meshd runs on {self._path.parent}; start one with `meshd run`, or name its "
@@ -51,10 +72,6 @@ class AdminClient:
             ) from None
         finally:
             connection.close()
-        answer = json.loads(payload) if payload else None
-        if response.status >= 400:
-            raise AdminRefused(answer, response.status)
-        return answer
 
 
 class AdminRefused(MeshdError):
@@ -67,7 +84,7 @@ class AdminRefused(MeshdError):
 
 
 class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path, timeout_s: float) -> None:
+    def __init__(self, path: Path, timeout_s: float | None) -> None:
         super().__init__("localhost", timeout=timeout_s)
         self._path = path
 

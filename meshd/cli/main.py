@@ -26,6 +26,7 @@ COMMANDS = {
     "drain": "meshd.cli.mesh:drain",
     "undrain": "meshd.cli.mesh:undrain",
     "doctor": "meshd.cli.doctor:doctor",
+    "cache": "meshd.cli.cache:cache",
     "runtime": "meshd.cli.runtime:runtime",
     "config": "meshd.cli.config:config",
     "logs": "meshd.cli.logs:logs",

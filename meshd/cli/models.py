@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from meshd.cli.client import AdminClient
-from meshd.cli.options import admin, data_dir_option, json_option, print_json
+from meshd.cli.options import absolute, admin, data_dir_option, json_option, print_json
 from meshd.errors import MeshdError
 
 POLL_S = 0.1
@@ -33,7 +33,7 @@ def load(
 ) -> int:
     """Load the model REF: `builtin`, or the path of a GGUF file (any shard of a split one)."""
     client = admin(data_dir)
-    answer = client.post("/load", {"ref": _absolute(ref), "context": context, "parallel": parallel})
+    answer = client.post("/load", {"ref": absolute(ref), "context": context, "parallel": parallel})
     model = _wait(client, answer["model"]) if wait else answer
     if as_json:
         print_json(model)
@@ -52,7 +52,7 @@ def load(
 def unload(model: str, drain_s: float | None, data_dir: Path | None, as_json: bool) -> int:
     """Unload MODEL (a name of `meshd models`, or its REF) after its requests in flight."""
     client = admin(data_dir)
-    answer = client.post("/unload", {"model": _absolute(model), "drain_s": drain_s})
+    answer = client.post("/unload", {"model": absolute(model), "drain_s": drain_s})
     while any(m["id"] == answer["model"] and m["hosts"] for m in _models(client)):
         time.sleep(POLL_S)
     if as_json:
@@ -81,11 +81,3 @@ def _wait(client: AdminClient, name: str) -> dict[str, Any]:
 def _models(client: AdminClient) -> list[dict[str, Any]]:
     models: list[dict[str, Any]] = client.get("/status")["models"]
     return models
-
-
-def _absolute(ref: str) -> str:
-    """A path means something where the command was typed, not where the daemon runs."""
-    path = Path(ref).expanduser()
-    if path.exists() and (ref.startswith((".", "~", "/")) or path.suffix.lower() == ".gguf"):
-        return str(path.resolve())
-    return ref

@@ -44,6 +44,14 @@ def admin(data_dir: Path | None, *, timeout_s: float = 30.0) -> AdminClient:
     return AdminClient(load_config(data_dir).admin_socket, timeout_s=timeout_s)
 
 
+def absolute(ref: str) -> str:
+    """A path means something where the command was typed, not where the daemon runs."""
+    path = Path(ref).expanduser()
+    if path.exists() and (ref.startswith((".", "~", "/")) or path.suffix.lower() == ".gguf"):
+        return str(path.resolve())
+    return ref
+
+
 def print_json(value: Any) -> None:
     click.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())
 
