@@ -30,6 +30,9 @@ from meshd.peers.trust.tls import may_speak
 log = logging.getLogger(__name__)
 
 FIRST_WORDS_S: Final = 10.0
+MAX_ARRIVING: Final = 512
+"""Full-policy: the one that has been silent for longest is closed, so that many of them hold up
+nobody who means it: a handshake takes milliseconds."""
 MAX_STRANGERS: Final = 128
 """Full-policy: one more is closed at once. Members retry; a flood of strangers is shut out."""
 BACKLOG: Final = 256
@@ -66,6 +69,8 @@ class PeerListener:
         self._sockets: list[socket.socket] = []
         self._accepting: set[socket.socket] = set()
         self._rests: set[asyncio.TimerHandle] = set()
+        self._arriving: dict[asyncio.Task[None], None] = {}
+        """Oldest first."""
         self._strangers: set[asyncio.Task[None]] = set()
         self._context: ssl.SSLContext | None = None
         self._speakers: Speakers | None = None
@@ -104,7 +109,7 @@ class PeerListener:
         for timer in self._rests:
             timer.cancel()
         self._rests.clear()
-        for task in tuple(self._strangers):
+        for task in (*self._arriving, *self._strangers):
             task.cancel()
 
     def close(self) -> None:
@@ -148,14 +153,17 @@ class PeerListener:
         self._rests.add(timer)
 
     def _arrived(self, connection: socket.socket) -> None:
-        if len(self._strangers) >= MAX_STRANGERS or self._spawn is None:
-            connection.close()
-            return
+        assert self._spawn is not None, "connections come after `start`"
+        if len(self._arriving) >= MAX_ARRIVING:
+            oldest = next(iter(self._arriving))
+            del self._arriving[oldest]
+            oldest.cancel()
         arrival = _Arrival(connection)
         task = self._spawn(self._serve(arrival))
-        self._strangers.add(task)
+        self._arriving[task] = None
 
         def served(task: asyncio.Task[None]) -> None:
+            self._arriving.pop(task, None)
             self._strangers.discard(task)
             arrival.close()
 
@@ -169,6 +177,7 @@ class PeerListener:
             async with asyncio.timeout(FIRST_WORDS_S):
                 if not await self._given_away(arrival):
                     await self._secure(arrival, channel)
+                    self._heard_of(channel)
                     await self._speak(channel)
         except TimeoutError:
             log.debug("%s said nothing in time", channel.origin)
@@ -205,6 +214,16 @@ class PeerListener:
             )
         except OSError as error:
             raise PeerUnreachable(f"no TLS: {error}") from None
+
+    def _heard_of(self, channel: FrameChannel) -> None:
+        """It has come through TLS. Raises PeerUnreachable if there are too many that have."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._arriving.pop(task, None)
+        if len(self._strangers) >= MAX_STRANGERS:
+            channel.abort()
+            raise PeerUnreachable("too many that have not said what they want")
+        self._strangers.add(task)
 
     async def _speak(self, channel: FrameChannel) -> None:
         speakers, certificate = self._speakers, None
