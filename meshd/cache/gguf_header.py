@@ -235,12 +235,16 @@ class _Cursor:
     def string(self, limit: int) -> str | None:
         """A string of at most `limit` bytes; None if it is longer, or if too much is kept already:
         then it is skipped."""
+        start = self.at + 8
         length = self.u64()
         if length > limit or self.kept + length > MAX_KEPT_BYTES:
             self.skip(length)
             return None
+        if (end := start + length) > self.end:
+            self.reach(end)
         self.kept += length
-        return self.take(length).decode("utf-8", errors="replace")
+        self.at = end
+        return self.buffer[start:end].decode("utf-8", "replace")
 
     def skip_strings(self, count: int) -> None:
         """Walk over `count` strings; vocabularies have hundreds of thousands, mostly short."""

@@ -155,7 +155,11 @@ class _Verification:
             return Checked(file.path, problem=str(error))
         except OSError as error:
             return Checked(file.path, problem=f"cannot be read: {error.strerror or error}")
-        return self._remember(file, hashed)
+        try:
+            return self._remember(file, hashed)
+        except OSError as error:
+            problem = f"was hashed, but that cannot be noted: {error.strerror or error}"
+            return Checked(file.path, problem=problem)
 
     def _remember(self, file: Expected, hashed: FileHash) -> Checked:
         before = self._ledger.known(hashed.facts)
@@ -169,10 +173,11 @@ class _Verification:
             # Nothing else could tell afterwards that these are not the bytes they were.
             self._ledger.forget(hashed.facts.real_path)
             return Checked(file.path, hashed.sha256, problem)
-        if not self._ledger.record(hashed.facts, hashed.sha256, read_from_ns=hashed.read_from_ns):
-            return Checked(file.path, problem="is being written; verify it again later")
+        # Before the ledger: what it knows is not hashed again, and would stay without them.
         if hashed.chunk_hashes is not None and file.sha256 in (None, hashed.sha256):
             self._store.save(hashed.sha256, hashed.chunk_hashes)
+        if not self._ledger.record(hashed.facts, hashed.sha256, read_from_ns=hashed.read_from_ns):
+            return Checked(file.path, problem="is being written; verify it again later")
         return Checked(file.path, hashed.sha256, problem)
 
     def _is_stopped(self) -> bool:

@@ -130,7 +130,7 @@ def facts_of_open(fd: int, path: str, status: os.stat_result) -> FileFacts:
     """The facts of a file that was opened at `path`; `status`: its fstat."""
     # Linux tells what was really opened, and much faster than links can be followed one by one.
     try:
-        real_path = str(Path(f"/proc/self/fd/{fd}").readlink())
+        real_path = os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115
     except OSError:
         real_path = ""
     if not real_path.startswith("/") or real_path.endswith(" (deleted)"):

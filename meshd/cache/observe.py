@@ -32,7 +32,7 @@ from meshd.sizes import format_size
 
 FIRST_READ_BYTES: Final = 16 * 1024
 """All of the header of a later shard."""
-GROWTH: Final = 8
+GROWTH: Final = 4
 """How much more is read at least when that was not enough: each time costs another parsing."""
 MAX_HEADER_BYTES: Final = 32 * 1024 * 1024
 """Vocabularies of a quarter million tokens with their merges need about 13 MB."""
