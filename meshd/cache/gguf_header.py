@@ -8,47 +8,27 @@ a few times the bytes it is given.
 
 from __future__ import annotations
 
-import functools
-import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
+from meshd.cache.gguf_cursor import U32, U64, Cursor, GgufError, Walks, beyond
 from meshd.cache.gguf_types import TYPES
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
-MAX_TENSORS = 65_536
-MAX_METADATA = 65_536
+MAX_TENSORS = 16_384
+"""A file; the largest models have some 2000, in many files."""
+MAX_METADATA = 4_096
 MAX_NAME_BYTES = 65_535
 MAX_KEPT_STRING_BYTES = 1 << 20
 """Longer strings are skipped; chat templates are the longest that anybody asks for."""
-MAX_KEPT_BYTES = 4 << 20
-"""Of all names and strings that are kept; decoded they may take four times as much."""
 MAX_DIMENSIONS = 4
-MAX_FILE_BYTES = 1 << 46
-"""What a header promises beyond this is no promise but damage."""
 
 Scalar = int | float | bool | str
-
-
-class GgufError(ValueError):
-    """The bytes are not a GGUF header that can be used; the message says what is wrong."""
-
-
-class GgufTruncated(GgufError):
-    """The file ends before what its header promises."""
-
-
-class NeedMore(Exception):
-    """The header goes on behind the bytes given; `size` bytes from the start are wanted."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__(size)
-        self.size = size
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +98,6 @@ class GgufHeader:
         return self.integer(f"{self.architecture}.pooling_type") is not None
 
 
-Walks = dict[int, tuple[int, int]]
-"""How far arrays of strings were walked over before bytes ran out: (strings left, offset of the
-next one) by the offset of the first."""
-
-
 def parse_header(prefix: bytes, file_bytes: int, walks: Walks | None = None) -> GgufHeader:
     """The header of a file of `file_bytes` bytes that starts with `prefix`.
 
@@ -133,7 +108,7 @@ def parse_header(prefix: bytes, file_bytes: int, walks: Walks | None = None) -> 
     magic or version, absurd counts, truncated, a tensor of unknown type, outside the file,
     misaligned, doubled or overlapping another.
     """
-    cursor = _Cursor(prefix, file_bytes, walks if walks is not None else {})
+    cursor = Cursor(prefix, file_bytes, walks if walks is not None else {})
     if cursor.take(4) != MAGIC:
         raise GgufError(f"it does not begin with {MAGIC.decode()} but with {prefix[:4]!r}")
     version = cursor.u32()
@@ -159,23 +134,17 @@ def parse_header(prefix: bytes, file_bytes: int, walks: Walks | None = None) -> 
 
 # -- reading --------------------------------------------------------------------------------------
 
-_U32 = struct.Struct("<I")
-_U64 = struct.Struct("<Q")
-
-STRINGS_A_BLOCK = 256
-SHORT_STRING_BYTES = 32
-
 _STRING, _ARRAY = 8, 9
 _FIXED = {
     0: struct.Struct("<B"),
     1: struct.Struct("<b"),
     2: struct.Struct("<H"),
     3: struct.Struct("<h"),
-    4: _U32,
+    4: U32,
     5: struct.Struct("<i"),
     6: struct.Struct("<f"),
     7: struct.Struct("<?"),
-    10: _U64,
+    10: U64,
     11: struct.Struct("<q"),
     12: struct.Struct("<d"),
 }
@@ -184,114 +153,7 @@ _EXTENTS = tuple(struct.Struct(f"<{count}QIQ") for count in range(MAX_DIMENSIONS
 """What follows the number of dimensions: each of them, the type, the offset."""
 
 
-class _Cursor:
-    __slots__ = ("at", "buffer", "end", "file_bytes", "kept", "walks")
-
-    def __init__(self, buffer: bytes, file_bytes: int, walks: Walks) -> None:
-        self.buffer = buffer
-        self.end = len(buffer)
-        self.file_bytes = file_bytes
-        self.walks = walks
-        self.at = 0
-        self.kept = 0
-
-    def reach(self, end: int) -> None:
-        """Make sure that the bytes up to `end` are there."""
-        if end > self.end:
-            if end > self.file_bytes:
-                raise _beyond(
-                    end,
-                    f"the header is cut off: it goes on to byte {end}, the file ends at "
-                    f"{self.file_bytes}",
-                )
-            raise NeedMore(end)
-
-    def take(self, count: int) -> bytes:
-        start = self.at
-        self.reach(start + count)
-        self.at = start + count
-        return self.buffer[start : self.at]
-
-    def skip(self, count: int) -> None:
-        self.reach(self.at + count)
-        self.at += count
-
-    def u32(self) -> int:
-        at = self.at
-        if (end := at + 4) > self.end:
-            self.reach(end)
-        self.at = end
-        value: int = _U32.unpack_from(self.buffer, at)[0]
-        return value
-
-    def u64(self) -> int:
-        at = self.at
-        if (end := at + 8) > self.end:
-            self.reach(end)
-        self.at = end
-        value: int = _U64.unpack_from(self.buffer, at)[0]
-        return value
-
-    def string(self, limit: int) -> str | None:
-        """A string of at most `limit` bytes; None if it is longer, or if too much is kept already:
-        then it is skipped."""
-        start = self.at + 8
-        length = self.u64()
-        if length > limit or self.kept + length > MAX_KEPT_BYTES:
-            self.skip(length)
-            return None
-        if (end := start + length) > self.end:
-            self.reach(end)
-        self.kept += length
-        self.at = end
-        return self.buffer[start:end].decode("utf-8", "replace")
-
-    def skip_strings(self, count: int) -> None:
-        """Walk over `count` strings; vocabularies have hundreds of thousands, mostly short."""
-        start = self.at
-        left, self.at = self.walks.get(start, (count, start))
-        try:
-            while left:
-                block = min(left, STRINGS_A_BLOCK)
-                if block == STRINGS_A_BLOCK and (
-                    match := _block_of_short_strings().match(self.buffer, self.at)
-                ):
-                    self.at = match.end()
-                else:
-                    self._walk(block)
-                left -= block
-        except NeedMore:
-            self.walks[start] = (left, self.at)
-            raise
-
-    def _walk(self, count: int) -> None:
-        buffer, at, end, unpack = self.buffer, self.at, self.end, _U64.unpack_from
-        for _ in range(count):
-            if at + 8 > end:
-                self.reach(at + 8)
-            at += 8 + unpack(buffer, at)[0]
-        self.reach(at)
-        self.at = at
-
-
-@functools.cache
-def _block_of_short_strings() -> re.Pattern[bytes]:
-    """Exactly STRINGS_A_BLOCK strings shorter than SHORT_STRING_BYTES each.
-
-    The engine of `re` walks over them three times as fast as a loop can. The usual lengths come
-    first because it tries one after the other; it never looks back (`+`).
-    """
-    lengths = sorted(range(SHORT_STRING_BYTES), key=lambda length: abs(length - 7))
-    strings = (re.escape(_U64.pack(length)) + b".{%d}" % length for length in lengths)
-    return re.compile(b"(?s:%s){%d}+" % (b"|".join(strings), STRINGS_A_BLOCK))
-
-
-def _beyond(end: int, words: str) -> GgufError:
-    """The file ends before `end`: it was cut, unless no file goes that far."""
-    return GgufTruncated(words) if end <= MAX_FILE_BYTES else GgufError(words)
-
-
-def _metadata(cursor: _Cursor, count: int) -> dict[str, Scalar | ArrayLength]:
+def _metadata(cursor: Cursor, count: int) -> dict[str, Scalar | ArrayLength]:
     found: dict[str, Scalar | ArrayLength] = {}
     for _ in range(count):
         key = cursor.string(MAX_NAME_BYTES)
@@ -312,7 +174,7 @@ def _metadata(cursor: _Cursor, count: int) -> dict[str, Scalar | ArrayLength]:
     return found
 
 
-def _array(cursor: _Cursor, key: str) -> ArrayLength:
+def _array(cursor: Cursor, key: str) -> ArrayLength:
     kind, items = cursor.u32(), cursor.u64()
     if kind == _STRING:
         if items * 8 > cursor.file_bytes:
@@ -332,7 +194,7 @@ class _RawTensor(NamedTuple):
     offset: int
 
 
-def _raw_tensor(cursor: _Cursor) -> _RawTensor:
+def _raw_tensor(cursor: Cursor) -> _RawTensor:
     name = cursor.string(MAX_NAME_BYTES)
     if not name:
         raise GgufError("a tensor has no name, or one of absurd length")
@@ -364,7 +226,7 @@ def _placed(raw: _RawTensor, data_offset: int, alignment: int, file_bytes: int) 
     size = elements // block * block_bytes
     end = data_offset + raw.offset + size
     if end > file_bytes:
-        raise _beyond(
+        raise beyond(
             end,
             f"tensor {raw.name!r} ends at byte {end}, but the file has {file_bytes}: it is "
             f"{end - file_bytes} bytes short",

@@ -17,14 +17,8 @@ from pathlib import Path
 from typing import Final
 
 from meshd.cache.facts import FileFacts, is_settled
-from meshd.cache.gguf_header import (
-    GgufError,
-    GgufHeader,
-    GgufTruncated,
-    NeedMore,
-    Walks,
-    parse_header,
-)
+from meshd.cache.gguf_cursor import GgufError, GgufTruncated, NeedMore, Walks
+from meshd.cache.gguf_header import GgufHeader, parse_header
 from meshd.cache.ledger import facts_of_open
 from meshd.cache.places import Places
 from meshd.cache.verdict import Expected, Fault, Observation
@@ -168,15 +162,16 @@ def _read_header(fd: int, start: bytes, size: int) -> GgufHeader:
         except GgufError as error:
             raise _Damaged(Fault.CORRUPT, f"is damaged: {error}") from None
         except NeedMore as more:
-            if more.size > MAX_HEADER_BYTES:
-                problem = f"has a header of more than {MAX_HEADER_BYTES} bytes"
-                raise _Damaged(Fault.CORRUPT, problem) from None
-            wanted = min(max(more.size, GROWTH * len(start)), MAX_HEADER_BYTES)
-            # From the beginning, the old bytes gone first: one buffer is all it ever takes.
-            del start
-            start = os.pread(fd, wanted, 0)
-            if len(start) < more.size:
-                raise _Damaged(Fault.SHORT, "became shorter while it was read") from None
+            needed = more.size
+        if needed > MAX_HEADER_BYTES:
+            raise _Damaged(Fault.CORRUPT, f"has a header of more than {MAX_HEADER_BYTES} bytes")
+        wanted = min(max(needed, GROWTH * len(start)), MAX_HEADER_BYTES)
+        # From the beginning, the old bytes gone first (the exception held them): one buffer is all
+        # it ever takes.
+        del start
+        start = os.pread(fd, wanted, 0)
+        if len(start) < needed:
+            raise _Damaged(Fault.SHORT, "became shorter while it was read")
 
 
 def _foreign(start: bytes) -> str | None:

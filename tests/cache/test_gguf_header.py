@@ -12,13 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meshd.cache.gguf_cursor import GgufError, NeedMore
 from meshd.cache.gguf_header import (
     MAX_METADATA,
     MAX_TENSORS,
     ArrayLength,
-    GgufError,
     GgufHeader,
-    NeedMore,
     parse_header,
 )
 from meshd.cache.gguf_types import TYPES
