@@ -23,9 +23,9 @@ from pydantic import (
 MAX_SHARDS: Final = 1024
 """The largest known set has fewer than 200 files."""
 
-RepoName = Annotated[
-    str, StringConstraints(pattern=r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}$")
-]
+# Not \w: it means all of Unicode, and costs 250 ms and 40 MB to compile with these counts.
+_NAME: Final = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}"
+RepoName = Annotated[str, StringConstraints(pattern=rf"^{_NAME}/{_NAME}$")]
 Revision = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
 """A commit: manifests never name a branch, whose content moves."""
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -69,7 +69,7 @@ class Manifest(BaseModel):
 
     repo: RepoName
     revision: Revision
-    branch: Annotated[str, StringConstraints(pattern=r"^[\w./-]{1,200}$")] = "main"
+    branch: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_./-]{1,200}$")] = "main"
     """What was asked for; `refs/<branch>` in the Hugging Face cache names `revision`."""
     shards: Annotated[tuple[Shard, ...], Field(min_length=1, max_length=MAX_SHARDS)]
     """In order; one for a model that is not split."""
