@@ -20,6 +20,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented 
     hf_raise_for_status,
 )
 
+from meshd import __version__
 from meshd.cache.chunks import CHUNK_BYTES, chunk_span
 from meshd.cache.manifest import Manifest, Shard
 from meshd.cache.transfer.flights import Span
@@ -134,7 +135,7 @@ class HubFile:
     def _ask(self) -> _Location:
         url = hf_hub_url(self._repo, self._shard.path, revision=self._revision)
         try:
-            headers = build_hf_headers()
+            headers = build_hf_headers(library_name="meshd", library_version=__version__)
             found = get_hf_file_metadata(
                 url, headers=headers, timeout=min(CONNECT_S, self._stall_s)
             )

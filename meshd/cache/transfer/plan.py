@@ -129,6 +129,15 @@ class Plan:
         """Whether `source` may still bring something, now or later."""
         return self.failure is None and self._sources[source].out is None
 
+    def is_new(self, source: str) -> bool:
+        """Whether `source` has still to say what it has."""
+        return self.usable(source) and not self._sources[source].asked
+
+    @property
+    def storing(self) -> bool:
+        """Some chunk is being written."""
+        return bool(self._storing)
+
     def why_out(self) -> dict[str, str]:
         """Sources that bring nothing more, and why."""
         return {name: s.out for name, s in self._sources.items() if s.out is not None}
@@ -204,7 +213,7 @@ class Plan:
         if self._sources[source].banned:
             self._want_again(index)
             return Decision.BANNED
-        if self._have[index] or index in self._storing:
+        if self._have[index] or index in self._storing or self.failure is not None:
             return Decision.DISCARD
         decision = self._judge(source, index, digest)
         if decision is Decision.STORE:
@@ -266,6 +275,10 @@ class Plan:
         for index in lost:
             self._drop(index)
         return True
+
+    def abandon(self) -> None:
+        """Nobody wants the file any more: no further chunk is to be stored."""
+        self.failure = self.failure or "given up"
 
     def settle(self) -> str | None:
         """Whether anything is left to wait for: None, or why the file has failed (rule 7). A peer

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+from pathlib import Path
 from typing import Any, Final
 
 from meshd.cache.chunks import CHUNK_BYTES, HASH_BYTES, chunk_count
@@ -114,7 +115,7 @@ def _hashes(grant: Grant) -> bytes | None:
         return None
     length = chunk_count(grant.size) * HASH_BYTES
     try:
-        with open(grant.hashes_path, "rb") as file:
+        with Path(grant.hashes_path).open("rb") as file:
             found = file.read(length + 1)
     except OSError:
         return None
