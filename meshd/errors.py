@@ -124,8 +124,8 @@ class BrokenWeights(MeshdError):
 
     code, status = "model_failed", 503
 
-    def __init__(self, message: str, *, path: str) -> None:
-        super().__init__(message, detail={"path": path})
+    def __init__(self, message: str, *, path: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message, retry_after_s=retry_after_s, detail={"path": path})
         self.path = path
 
 

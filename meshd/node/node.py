@@ -13,26 +13,22 @@ import importlib
 import logging
 import random
 import signal
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from meshd import __version__
 from meshd.api import ApiServer
-from meshd.config import Config, Loaded, under_journal
-from meshd.errors import BadConfig, MeshdError
+from meshd.config import Config
+from meshd.errors import MeshdError
 from meshd.ids import ModelId, NodeId
 from meshd.kernel import (
     Board,
-    DirectoryLock,
     FlightRecorder,
     MonotonicClock,
     Pool,
-    Service,
     ServiceStack,
 )
-from meshd.kernel.logs import configure_logging
 from meshd.view import NodeState, NodeView, Preparing, Role, Target, View
 
 if TYPE_CHECKING:
@@ -54,28 +50,6 @@ _OTHER_ROOMS = ("meshd.api.admin", "meshd.peers.lan.discovery", "meshd.peers.mes
 
 SURVEY_INTERVAL_S = 30.0
 """How often devices and disk are looked at again for `meshd status`."""
-
-
-def run(loaded: Loaded) -> int:
-    """Be a node until told to stop. Returns the exit code; raises MeshdError if it cannot start."""
-    config = loaded.config
-    try:
-        config.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        config.data_dir.chmod(0o700)
-        lock = DirectoryLock(config.data_dir)
-    except OSError as error:
-        raise BadConfig(
-            f"data directory {config.data_dir} cannot be used: {error.strerror}; "
-            "name another with --data-dir"
-        ) from None
-    try:
-        configure_logging(
-            config.log_level, config.log_format, config.log_dir, journal=under_journal()
-        )
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            return runner.run(Node(config).run())
-    finally:
-        lock.release()
 
 
 class Node:
@@ -371,46 +345,3 @@ class Node:
     def _set_node(self, **changes: object) -> None:
         view = self._board.current
         self._board.publish(replace(view, node=replace(view.node, **changes)))  # type: ignore[arg-type]
-
-
-class _Survey(Service):
-    """Looks at devices and disk now and then, for status; nothing is decided from it."""
-
-    name = "survey"
-
-    def __init__(self, board: Board[View], pool: Pool) -> None:
-        super().__init__()
-        self._board = board
-        self._pool = pool
-
-    async def main(self) -> None:
-        from meshd.cache.usage import read_usage
-        from meshd.runtime.devices import read_devices
-
-        self.ready.set()
-        while not self.stopping.is_set():
-            try:
-                devices = await self._pool.run(read_devices)
-                cache = await self._pool.run(read_usage)
-            except MeshdError as error:
-                log.warning("%s", error.message)
-            else:
-                view = self._board.current
-                self._board.publish(replace(view, devices=devices, cache=cache))
-            await _wait_at_most(self.stopping, SURVEY_INTERVAL_S)
-
-
-async def _wait_at_most(event: asyncio.Event, seconds: float) -> None:
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        pass
-
-
-def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
-    if sys.implementation.name != "cpython":
-        return None
-    import uvloop
-
-    return uvloop.Loop

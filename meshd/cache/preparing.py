@@ -1,0 +1,284 @@
+"""Making weights usable: look, hash, fetch or mend what is wrong, look again.
+
+This is the way every model takes to an engine, and a set that is not whole does not leave it:
+
+1. the built-in model is made; local files are looked at and hashed once; nothing can be fetched
+   for them;
+2. a set of the hub whose manifest is known is looked at; what is whole goes on at once, with no
+   network and no hashing;
+3. what was not hashed since it changed is hashed;
+4. what is missing or wrong is fetched, from other nodes and the hub, once;
+5. what is wrong still is an error that names the shard, where it is, what was expected and found,
+   and the command to run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Final, Protocol, TypeAlias
+
+from meshd.cache.catalog import Catalog
+from meshd.cache.hashes import Stopped
+from meshd.cache.manifest import Manifest
+from meshd.cache.references import (
+    BuiltinRef,
+    FileRef,
+    HubRef,
+    Reference,
+    format_ref,
+    hub_ref_of,
+    model_id,
+    parse_ref,
+)
+from meshd.cache.store import Store
+from meshd.cache.transfer.words import Done, FetchFailed, News, Progress, Resolved, Said
+from meshd.cache.verdict import Fault, SetVerdict
+from meshd.cache.weights import Weights, inspect, local_set, look, to_weights
+from meshd.errors import BrokenWeights, HubRefused, HubUnavailable, MeshdError, NoSpace
+from meshd.ids import ModelId
+from meshd.kernel import Pool
+from meshd.sizes import format_size
+from meshd.view import FetchView, ModelState, Preparing
+
+log = logging.getLogger(__name__)
+
+LOCAL_RETRY_S: Final = 30.0
+"""Local files are looked at again this often: that takes milliseconds, and a file that was put
+back should need no command."""
+FETCH_RETRY_S: Final = 60.0
+"""After a fetch that failed for a reason that may pass; the fetch itself has tried for a while."""
+TELL_EVERY_S: Final = 0.25
+
+Moved: TypeAlias = Callable[[Preparing], None]
+Told: TypeAlias = Callable[[News], None]
+
+
+class StartFetch(Protocol):
+    """Fetch in a process of its own; leaving the context ends it, in a state to go on from."""
+
+    def __call__(
+        self, ref: HubRef, manifest: Manifest | None, damaged: tuple[str, ...]
+    ) -> AbstractAsyncContextManager[AsyncIterator[News]]:
+        """The last news is Done or FetchFailed. Raises NoSpace."""
+
+
+class Preparer:
+    """`pool` runs looks, `hashing` what takes long; `catalog` resolves names."""
+
+    def __init__(
+        self, store: Store, catalog: Catalog | None, pool: Pool, hashing: Pool, fetch: StartFetch
+    ) -> None:
+        self.store = store
+        self.catalog = catalog
+        self._pool = pool
+        self._hashing = hashing
+        self._fetch = fetch
+        self._turns: dict[HubRef, asyncio.Lock] = {}
+
+    def parse(self, ref: str) -> Reference:
+        """What `ref` names; a path into the Hugging Face cache is what it is on the hub. Raises
+        BadReference."""
+        parsed = parse_ref(ref, self.catalog)
+        if isinstance(parsed, FileRef):
+            return hub_ref_of(parsed.path, self.store.places.hub) or parsed
+        return parsed
+
+    def identify(self, ref: str) -> tuple[ModelId, str]:
+        """The name clients use, and the one way to write the reference. Raises BadReference."""
+        parsed = self.parse(ref)
+        name = model_id(ref, self.catalog)
+        return name, format_ref(parsed) if isinstance(parsed, HubRef) else ref
+
+    async def prepare(self, name: ModelId, ref: str, moved: Moved) -> Weights:
+        """Weights an engine can be given, by the rules above.
+
+        Raises MeshdError: BadReference, BrokenWeights, HubRefused, HubUnavailable, NoSpace; its
+        `retry_after_s` says when trying again may help, `retryable` that the trouble is expected
+        to pass. Cancelling it ends a fetch; what was got stays for the next time.
+        """
+        parsed = self.parse(ref)
+        if isinstance(parsed, HubRef):
+            verdict, manifest = await self.make_whole(name, parsed, moved)
+            return to_weights(name, ref, verdict, manifest)
+        try:
+            return await self._local(ref, parsed, moved)  # 1
+        except MeshdError as error:
+            error.retry_after_s = LOCAL_RETRY_S
+            raise
+
+    async def make_whole(
+        self, name: str, wanted: HubRef, moved: Moved, told: Told = lambda _: None
+    ) -> tuple[SetVerdict, Manifest]:
+        """Rules 2 to 5 for a set of the hub; one at a time for each. `told` hears all news."""
+        turn = self._turns.setdefault(wanted, asyncio.Lock())
+        if turn.locked():
+            moved(Preparing(ModelState.WAITING, "it is being fetched already"))
+        async with turn:
+            manifest = await self._pool.run(self.store.manifests.find, wanted)
+            verdict = None
+            if manifest is not None:
+                verdict = await self.examine(manifest, moved)  # 2, 3
+                if verdict.ok:
+                    return verdict, manifest
+                log.warning("model %s: %s; fetching what is wrong", name, verdict.worst.words)
+            manifest = await self._mend(name, wanted, manifest, verdict, moved, told)  # 4
+            verdict = await self.examine(manifest, moved)
+            if not verdict.ok:  # 5
+                raise verdict.to_error(f"meshd cache repair {format_ref(wanted)}")
+            return verdict, manifest
+
+    async def examine(self, manifest: Manifest, moved: Moved) -> SetVerdict:
+        """The verdict on a set, with nothing left unhashed that could be hashed."""
+        verdict = await self._pool.run(self.store.look, manifest)
+        if verdict.unverified:
+            await self._hash(verdict, moved)
+            verdict = await self._pool.run(self.store.look, manifest)
+        return verdict
+
+    async def _local(self, ref: str, parsed: BuiltinRef | FileRef, moved: Moved) -> Weights:
+        store = self.store
+        where = store.places.builtin
+        weights = await self._pool.run(inspect, ref, where, store.ledger, store.headers)
+        if weights.digest is None and isinstance(parsed, FileRef):
+            await self._hash(await self._pool.run(self._look_local, parsed), moved)
+            weights = await self._pool.run(inspect, ref, where, store.ledger, store.headers)
+        return weights
+
+    def _look_local(self, parsed: FileRef) -> SetVerdict:
+        return look(local_set(parsed.path), self.store.ledger, self.store.headers)
+
+    # -- hashing ----------------------------------------------------------------------------------
+
+    async def _hash(self, verdict: SetVerdict, moved: Moved) -> None:
+        """Hash what was not; says how far it is."""
+        sizes = [seen.facts.size for seen in verdict.observations if seen.facts is not None]
+        meter = Meter(sum(sizes), moved)
+        abandoned = threading.Event()
+        loop = asyncio.get_running_loop()
+
+        def progress(done_bytes: int) -> None:
+            if meter.is_due(done_bytes):
+                loop.call_soon_threadsafe(meter.tell, done_bytes)
+
+        try:
+            await self._hashing.run(
+                self.store.hash_unverified, verdict, stop=abandoned.is_set, progress=progress
+            )
+        except Stopped:  # only by our own leaving
+            raise asyncio.CancelledError from None
+        finally:
+            abandoned.set()
+
+    # -- fetching ---------------------------------------------------------------------------------
+
+    async def _mend(
+        self,
+        name: str,
+        wanted: HubRef,
+        manifest: Manifest | None,
+        verdict: SetVerdict | None,
+        moved: Moved,
+        told: Told,
+    ) -> Manifest:
+        """Fetch what is wrong, or everything. Returns the manifest that holds now."""
+        moved(Preparing(ModelState.FETCHING, "asking for the weights"))
+        end: News | None = None
+        async with self._fetch(wanted, manifest, _damaged(verdict)) as stream:
+            async with contextlib.aclosing(stream) as events:  # type: ignore[type-var]
+                async for news in events:
+                    told(news)
+                    end = news
+                    if isinstance(news, Resolved):
+                        manifest = news.manifest
+                    elif isinstance(news, Progress):
+                        moved(preparing_of(news))
+                    elif isinstance(news, Said):
+                        log.info("model %s: %s", name, news.message)
+        if isinstance(end, FetchFailed):
+            raise failure(end, verdict)
+        assert isinstance(end, Done) and manifest is not None, "a fetch ends with one of the two"
+        got = ", ".join(f"{format_size(n)} from {who}" for who, n in end.sources.items())
+        log.info("model %s: the weights are whole%s", name, f" ({got})" if got else "")
+        return manifest
+
+
+class Meter:
+    """Turns bytes hashed into words now and then. `is_due` may be called by any thread."""
+
+    def __init__(self, total_bytes: int, moved: Moved) -> None:
+        self._total_bytes = total_bytes
+        self._moved = moved
+        self._started_at = self._told_at = time.monotonic()
+
+    def is_due(self, done_bytes: int) -> bool:
+        now = time.monotonic()
+        if now - self._told_at < TELL_EVERY_S and done_bytes < self._total_bytes:
+            return False
+        self._told_at = now
+        return True
+
+    def tell(self, done_bytes: int) -> None:
+        rate = done_bytes / max(1e-3, time.monotonic() - self._started_at)
+        left = max(0, self._total_bytes - done_bytes)
+        fetch = FetchView(done_bytes, self._total_bytes, rate, left / rate if rate else None)
+        progress = done_bytes / max(1, self._total_bytes)
+        self._moved(
+            Preparing(ModelState.VERIFYING, "hashing the weights", min(1.0, progress), fetch)
+        )
+
+
+_STATES = {
+    "fetching": ModelState.FETCHING,
+    "verifying": ModelState.VERIFYING,
+    "waiting": ModelState.WAITING,
+}
+_CODES: dict[str, type[MeshdError]] = {
+    error.code: error for error in (HubRefused, HubUnavailable, NoSpace)
+}
+
+
+def preparing_of(news: Progress) -> Preparing:
+    return Preparing(
+        _STATES[news.stage],
+        news.reason,
+        min(1.0, news.done_bytes / news.total_bytes) if news.total_bytes else None,
+        FetchView(
+            news.done_bytes,
+            news.total_bytes,
+            news.bytes_per_s,
+            news.eta_s,
+            tuple(sorted(news.sources.items())),
+        ),
+    )
+
+
+def failure(end: FetchFailed, verdict: SetVerdict | None) -> MeshdError:
+    """The error of a fetch that failed; of a set that is partly there, with what is wrong."""
+    wait_s = None if end.permanent else max(end.retry_after_s or 0.0, FETCH_RETRY_S)
+    if verdict is not None:
+        words = verdict.worst.words
+        return BrokenWeights(
+            f"{words}; fetching it failed: {end.message}",
+            path=verdict.worst.path,
+            retry_after_s=wait_s,
+        )
+    kind = _CODES.get(end.code, HubRefused if end.permanent else HubUnavailable)
+    return kind(end.message, retry_after_s=end.retry_after_s)
+
+
+def _damaged(verdict: SetVerdict | None) -> tuple[str, ...]:
+    """Blobs that are there and wrong."""
+    if verdict is None:
+        return ()
+    wrong = (Fault.FOREIGN, Fault.SHORT, Fault.LONG, Fault.CORRUPT)
+    return tuple(
+        expected.sha256
+        for expected, file in zip(verdict.expected, verdict.files, strict=True)
+        if file.fault in wrong and expected.sha256 is not None
+    )

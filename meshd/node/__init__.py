@@ -1,0 +1,45 @@
+"""node: the only composition root of the daemon, where configuration becomes machines and services.
+
+May come in: every room. May not come in: argv (cli), and whatever could be decided in a room.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from meshd.config import Loaded, under_journal
+from meshd.errors import BadConfig
+from meshd.kernel import DirectoryLock
+from meshd.kernel.logs import configure_logging
+from meshd.node.node import Node
+
+
+def run(loaded: Loaded) -> int:
+    """Be a node until told to stop. Returns the exit code; raises MeshdError if it cannot start."""
+    config = loaded.config
+    try:
+        config.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        config.data_dir.chmod(0o700)
+        lock = DirectoryLock(config.data_dir)
+    except OSError as error:
+        raise BadConfig(
+            f"data directory {config.data_dir} cannot be used: {error.strerror}; "
+            "name another with --data-dir"
+        ) from None
+    try:
+        configure_logging(
+            config.log_level, config.log_format, config.log_dir, journal=under_journal()
+        )
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(Node(config).run())
+    finally:
+        lock.release()
+
+
+def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
+    if sys.implementation.name != "cpython":
+        return None
+    import uvloop
+
+    return uvloop.Loop

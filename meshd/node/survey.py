@@ -1,0 +1,50 @@
+"""A look at devices and disk now and then, for `meshd status`; nothing is decided from it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+
+from meshd.config import Config
+from meshd.errors import MeshdError
+from meshd.kernel import Board, Pool, Service
+from meshd.view import View
+
+log = logging.getLogger(__name__)
+
+SURVEY_INTERVAL_S = 30.0
+
+
+class Survey(Service):
+    name = "survey"
+
+    def __init__(self, config: Config, board: Board[View], pool: Pool) -> None:
+        super().__init__()
+        self._config = config
+        self._board = board
+        self._pool = pool
+
+    async def main(self) -> None:
+        from meshd.cache.usage import read_usage
+        from meshd.runtime.devices import read_devices
+
+        self.ready.set()
+        while not self.stopping.is_set():
+            try:
+                devices = await self._pool.run(read_devices)
+                cache = await self._pool.run(read_usage, budget=self._config.cache.budget)
+            except MeshdError as error:
+                log.warning("%s", error.message)
+            else:
+                view = self._board.current
+                self._board.publish(replace(view, devices=devices, cache=cache))
+            await _wait_at_most(self.stopping, SURVEY_INTERVAL_S)
+
+
+async def _wait_at_most(event: asyncio.Event, seconds: float) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        pass
