@@ -108,7 +108,8 @@ class LocalHub:
         return self._log.content(pattern)
 
     def sent(self, pattern: str = "*") -> int:
-        """Bytes of those files that were sent."""
+        """Bytes of those files that were sent. While an answer is on its way, or has only just
+        arrived, it can be some less; see `wait_idle`."""
         return sum(request.sent_bytes for request in self._log.content(pattern))
 
     def wait_sent(self, pattern: str, at_least: int, *, timeout_s: float = 30.0) -> None:
@@ -125,6 +126,14 @@ class LocalHub:
             lambda: len(self._log.content(pattern)) >= at_least,
             timeout_s,
             f"{at_least} requests for {pattern}",
+        )
+
+    def wait_idle(self, *, timeout_s: float = 10.0) -> None:
+        """Until every request so far has been answered or given up, so that all is counted."""
+        self._log.wait(
+            lambda: all(request.is_over for request in self._log.all()),
+            timeout_s,
+            "every request answered",
         )
 
     def environment(self, home: Path, *, token: str | None = None) -> dict[str, str]:

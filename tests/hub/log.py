@@ -30,6 +30,8 @@ class Request:
     sent_bytes: int = 0
     """Of the body, given to the kernel."""
     faults: tuple[Fault, ...] = ()
+    is_over: bool = False
+    """Answered, or nobody waits for the answer any more."""
 
 
 class RequestLog:
@@ -47,6 +49,11 @@ class RequestLog:
     def sent(self, request: Request, count: int) -> None:
         with self._changed:
             request.sent_bytes += count
+            self._changed.notify_all()
+
+    def over(self, request: Request) -> None:
+        with self._changed:
+            request.is_over = True
             self._changed.notify_all()
 
     def clear(self) -> None:

@@ -6,16 +6,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 from urllib.parse import quote
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from tests.hub.faults import Drop, Fault, FaultBook, IgnoreRange, Page, Pointer, Stage, Status
 from tests.hub.log import Request, RequestLog
 from tests.hub.repositories import Repository, StoredFile
 from tests.hub.sending import send_file
 
+RECORD: Final[web.RequestKey[Request]] = web.RequestKey("record", Request)
 RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 PAGE = b"<!DOCTYPE html><html><head><title>Sign in</title></head><body>Sign in</body></html>"
 TEXTS = {
@@ -46,7 +48,7 @@ class Site:
         """Where LFS files are, set before the first request."""
 
     def hub_application(self) -> web.Application:
-        application = web.Application()
+        application = web.Application(middlewares=[self._finish])
         application.add_routes(
             [
                 web.get("/api/models/{owner}/{name}", self._info),
@@ -59,9 +61,17 @@ class Site:
         return application
 
     def cdn_application(self) -> web.Application:
-        application = web.Application()
+        application = web.Application(middlewares=[self._finish])
         application.add_routes([web.get("/lfs/{owner}/{name}/{revision}/{path:.+}", self._lfs)])
         return application
+
+    @web.middleware
+    async def _finish(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        finally:
+            if RECORD in request:
+                self._log.over(request[RECORD])
 
     # -- handlers ---------------------------------------------------------------------------------
 
@@ -201,6 +211,7 @@ class Site:
             faults=tuple(faults),
         )
         self._log.add(record)
+        request[RECORD] = record
         return record, faults
 
     def _find(

@@ -74,6 +74,7 @@ def test_hf_downloads_lists_and_verifies(hub: LocalHub, tmp_path: Path) -> None:
     assert (repo / "refs" / "main").read_text() == commit
     assert REPO in hf(hub, tmp_path, "cache", "ls")
     assert "All checksums match" in hf(hub, tmp_path, "cache", "verify", REPO)
+    hub.wait_idle()
     assert hub.sent(SHARD) == len(BYTES)
 
 
@@ -129,6 +130,7 @@ def test_the_client_resumes_by_range_after_a_cut(hub: LocalHub, tmp_path: Path) 
     hub.add(REPO, {SHARD: content})
     hub.faults.add(SHARD, Truncate(at=11_000_000))
     hf(hub, tmp_path, "download", REPO, SHARD)
+    hub.wait_idle()
     first, second = hub.content_requests(SHARD)
     kept = 10 * 1024 * 1024  # the client writes in blocks of that size
     assert (first.sent_bytes, second.sent_bytes) == (11_000_000, len(content) - kept)
