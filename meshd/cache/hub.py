@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-ANSWER_LIMIT_S: Final = 30.0
+ANSWER_LIMIT_S: Final = 15.0
 """For the hub to accept a connection, and between two pieces of its answer."""
 MAX_RETRY_AFTER_S: Final = 24 * 3600.0
 MAX_SAID_CHARACTERS: Final = 300

@@ -91,8 +91,11 @@ class ManifestStore:
         return next((e.manifest for e in known if _holds(e.manifest, ref)), None)
 
     def put(self, ref: HubRef, manifest: Manifest) -> None:
-        """Remember that `ref` is `manifest`. Raises OSError, ValueError for another repository."""
-        if manifest.repo != ref.repo:
+        """Remember that `ref` is `manifest`. Raises OSError, ValueError for another repository.
+
+        Repositories are the same in upper and lower case, as on the hub.
+        """
+        if manifest.repo.lower() != ref.repo.lower():
             raise ValueError(f"{format_ref(ref)} cannot be a manifest of {manifest.repo}")
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         # The pinned one first: a branch must not lead to what is known nowhere else.
@@ -123,7 +126,7 @@ class ManifestStore:
     def _entries(self, repo: str | None = None) -> Iterator[_Entry]:
         for path in self._files(repo):
             entry = self._entry(path)
-            if entry is not None and repo in (None, entry.ref.repo):
+            if entry is not None and (repo is None or entry.ref.repo.lower() == repo.lower()):
                 yield entry
 
     def _files(self, repo: str | None = None) -> list[Path]:
@@ -205,7 +208,7 @@ def from_snapshot(places: Places, wanted: HubRef) -> Manifest | None:
 
 
 def _prefix(repo: str) -> str:
-    return repo.replace("/", "--") + "."
+    return repo.lower().replace("/", "--") + "."
 
 
 def _file_name(ref: HubRef) -> str:
@@ -217,7 +220,7 @@ def _parse(path: Path, put_ns: int) -> _Entry:
     """Raises OSError, ValueError or BadReference for a file that is no entry, or not this one."""
     record = _Record.model_validate_json(_read(path, MAX_FILE_BYTES))
     ref = parse_hub_ref(record.ref)
-    if _file_name(ref) != path.name or record.manifest.repo != ref.repo:
+    if _file_name(ref) != path.name or record.manifest.repo.lower() != ref.repo.lower():
         raise ValueError(f"it is that of {record.ref}")
     return _Entry(ref, record.manifest, put_ns)
 

@@ -12,6 +12,7 @@ network.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,10 +181,12 @@ def hub_ref_of(path: Path, hub: Path) -> HubRef | None:
         if not place.is_relative_to(root):
             continue
         match place.relative_to(root).parts:
-            case (folder, "snapshots", commit, *inside) if inside and COMMIT.fullmatch(commit):
+            case (folder, "snapshots", commit, *inside) if COMMIT.fullmatch(commit):
                 kind, *names = folder.split("--")
-                if kind == "models" and len(names) == 2:
-                    return HubRef("/".join(names), commit, None, _first_shard("/".join(inside)))
+                in_repo = "/".join(inside)
+                if (kind, len(names)) == ("models", 2) and in_repo.lower().endswith(".gguf"):
+                    with contextlib.suppress(BadReference):
+                        return parse_hub_ref(f"{names[0]}/{names[1]}@{commit}/{in_repo}")
     return None
 
 

@@ -184,6 +184,9 @@ def test_a_file_of_the_hugging_face_cache(tmp_path: Path) -> None:
         "hub/models--o--n/blobs/abc",
         f"hub/datasets--o--n/snapshots/{COMMIT}/m.gguf",
         f"hub/models--gpt2/snapshots/{COMMIT}/m.gguf",
+        f"hub/models--o--n--m/snapshots/{COMMIT}/m.gguf",
+        f"hub/models--o--n/snapshots/{COMMIT}/README.md",
+        f"hub/models--o--n/snapshots/{COMMIT}/m-00003-of-00002.gguf",
     ],
 )
 def test_files_that_belong_to_no_repository(path: str, tmp_path: Path) -> None:
