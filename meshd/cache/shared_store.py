@@ -37,6 +37,11 @@ def payload_of(blob: Path, hub: Path) -> Path | None:
     return Path(target)
 
 
+def bytes_of(blob: Path, hub: Path) -> Path:
+    """Where the bytes of a blob lie: in it, or in the store."""
+    return payload_of(blob, hub) or blob
+
+
 def sweep(payload: Path, hub: Path) -> int:
     """Remove `payload` (of `payload_of`) if nothing links to it any more; the bytes it took.
 
