@@ -52,7 +52,7 @@ class Headers:
 
     def keep(self, facts: FileFacts, header: GgufHeader, *, read_from_ns: int) -> None:
         """Keep it, unless the file is so new that a later write might not show."""
-        if not is_settled(max(facts.mtime_ns, facts.ctime_ns), read_from_ns):
+        if not all(is_settled(at, read_from_ns) for at in (facts.mtime_ns, facts.ctime_ns)):
             return
         with self._lock:
             self._drop(facts.real_path)
