@@ -83,9 +83,14 @@ class PrunePlan:
     remove: tuple[tuple[Item, str], ...]
     """In this order, with the reason."""
     keep: tuple[tuple[Item, str], ...]
+    over_bytes: int
+    """By how much the budget is exceeded before; 0 or less if it is not."""
     freed_bytes: int
-    still_over_bytes: int
-    """By how much the budget is exceeded afterwards."""
+
+    @property
+    def still_over_bytes(self) -> int:
+        """By how much it is exceeded afterwards."""
+        return max(0, self.over_bytes - self.freed_bytes)
 
 
 def plan(
@@ -101,11 +106,11 @@ def plan(
     come) fit into `budget_bytes`; None is no limit."""
     useless = [(item, item.reason) for item in leftovers if item.useless]
     freed = sum(item.size_bytes for item, _ in useless)
-    over = 0 if budget_bytes is None else max(0, used_bytes - freed + need_bytes - budget_bytes)
+    over = 0 if budget_bytes is None else used_bytes + need_bytes - budget_bytes
 
-    chosen, released = _choose(sets, over, force=force)
+    chosen, released = _choose(sets, over - freed, force=force)
     remove = [(item, OLDEST if item.intact else BROKEN) for item in chosen]
-    idle = NO_BUDGET if budget_bytes is None else FITS if released >= over else NOT_ENOUGH
+    idle = NO_BUDGET if budget_bytes is None else FITS if released >= over - freed else NOT_ENOUGH
     keep = [
         (item, _protection(item, force=force) or idle)
         for item in sorted(sets, key=_age)
@@ -114,8 +119,8 @@ def plan(
     return PrunePlan(
         remove=(*useless, *remove),
         keep=(*keep, *((item, item.reason) for item in leftovers if not item.useless)),
+        over_bytes=over,
         freed_bytes=freed + released,
-        still_over_bytes=max(0, over - released),
     )
 
 
