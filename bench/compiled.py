@@ -1,4 +1,4 @@
-"""The two C programs of the benchmarks, compiled when first used and when their source changed."""
+"""The C programs of the benchmarks, compiled when first used and when their source changed."""
 
 from __future__ import annotations
 

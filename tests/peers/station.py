@@ -17,6 +17,7 @@ from meshd.peers.links.channel import FrameChannel
 from meshd.peers.links.listener import PeerListener, Speakers
 from meshd.peers.links.streams import Open
 from meshd.peers.session import Needs, Session, _nothing_in_bulk
+from meshd.peers.trust.authority import Authority
 from meshd.peers.trust.certificates import certificate_der, make_csr
 from meshd.peers.trust.credentials import MeshStore
 from meshd.peers.trust.identity import load_or_create
@@ -57,10 +58,14 @@ class EchoBack(asyncio.Protocol):
 
 
 class Station:
-    """One node. `join(other)` makes it a member of `other`'s mesh without the joining protocol."""
+    """One node. `join(other)` makes it a member of `other`'s mesh without the joining protocol.
+    `host`: where it listens."""
 
-    def __init__(self, name: str, directory: Path, pool: Pool, **peers: Any) -> None:
+    def __init__(
+        self, name: str, directory: Path, pool: Pool, *, host: str = "127.0.0.1", **peers: Any
+    ) -> None:
         self.name = name
+        self.host = host
         self.directory = directory / name
         self.directory.mkdir(exist_ok=True)
         self.identity = load_or_create(self.directory)
@@ -68,7 +73,7 @@ class Station:
             name=name,
             data_dir=self.directory,
             cache_dir=self.directory,
-            peer_listen="127.0.0.1:0",
+            peer_listen=f"{host}:0",
             peers=PeerSettings(**peers),
         )
         self.store = MeshStore(self.config.mesh_dir, self.identity)
@@ -76,7 +81,7 @@ class Station:
         node = NodeView(self.identity.node_id, name, "0", "member", NodeState.READY, 0.0, "", None)
         self.board = Board(View(node=node))
         self.tasks: set[asyncio.Task[None]] = set()
-        self.listener = PeerListener("127.0.0.1", 0)
+        self.listener = PeerListener(self.host, 0)
         self.recorder = FlightRecorder()
         self.served: list[EchoBack] = []
         self.joined: list[FrameChannel] = []
@@ -90,7 +95,7 @@ class Station:
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
 
     def found(self, mesh: str = "home") -> Membership:
         return self.store.found(mesh)
@@ -98,6 +103,9 @@ class Station:
     def join(self, issuer: Station, role: Role = Role.MEMBER) -> Membership:
         authority = issuer.session.trust.membership.authority
         assert authority is not None
+        return self.admitted_by(authority, role)
+
+    def admitted_by(self, authority: Authority, role: Role = Role.MEMBER) -> Membership:
         pem = authority.sign(make_csr(self.identity), role, time.time())
         grant = Grant(authority.ca_certificate, certificate_der(pem), role)
         return self.store.install(grant)
@@ -106,7 +114,7 @@ class Station:
         membership = self.store.load()
         assert membership is not None
         trust = Trust(membership, self.identity, self.store, self.pool)
-        self.listener = PeerListener("127.0.0.1", port)
+        self.listener = PeerListener(self.host, port)
         self.port = self.listener.bind()
         needs = Needs(
             config=self.config,
