@@ -101,9 +101,9 @@ class _Line:
             count = min(piece, stop - start)
             async with self._paced(count):
                 sent = await loop.sendfile(self._transport, self._source, start, count)
-            if sent != count:
-                raise EOFError(f"{self._source.name} became shorter")
-            self._on_sent(count)
+                if sent != count:
+                    raise EOFError(f"{self._source.name} became shorter")
+                self._on_sent(count)
             start += count
 
     async def send_flipped(self, flip: Flip) -> None:
