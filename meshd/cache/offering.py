@@ -16,28 +16,23 @@ from meshd.cache.store import Store
 from meshd.cache.transfer.words import Grant
 from meshd.errors import MeshdError, NotInCache
 
-MAX_MANIFESTS = 4
-
 
 class Offering:
-    """`tell_of` says which manifests there are; nothing outside them is ever read out."""
+    """Only files that a manifest names are ever read out."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._files: dict[str, tuple[str, int]] = {}
-        self._manifests: dict[HubRef, Manifest] = {}
+        """Repository and size, by sha256."""
 
     def tell_of(self, known: Iterable[tuple[HubRef, Manifest]]) -> None:
-        self._manifests = dict(known)
-        self._files = {
-            file.sha256: (manifest.repo, file.size)
-            for manifest in self._manifests.values()
-            for file in manifest.files
-        }
+        """All manifests there are."""
+        self._files = {}
+        for _, manifest in known:
+            self.add(manifest)
 
-    def add(self, wanted: HubRef, manifest: Manifest) -> None:
+    def add(self, manifest: Manifest) -> None:
         """One more, before the next `tell_of`: what is being fetched is served as far as it is."""
-        self._manifests[wanted] = manifest
         self._files.update({f.sha256: (manifest.repo, f.size) for f in manifest.files})
 
     def grant(self, sha256: str) -> Grant:
@@ -64,7 +59,7 @@ class Offering:
             wanted = parse_hub_ref(ref)
         except MeshdError as error:
             raise NotInCache(error.message) from None
-        found = self._manifests.get(wanted)
+        found = self._store.manifests.find(wanted)
         if found is None:
             raise NotInCache("nothing is known of it here")
-        return {"t": "open", "manifests": [found.model_dump(mode="json")][:MAX_MANIFESTS]}
+        return {"t": "open", "manifests": [found.model_dump(mode="json")]}

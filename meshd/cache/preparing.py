@@ -15,17 +15,16 @@ This is the way every model takes to an engine, and a set that is not whole does
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterable, Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
-from meshd.cache.catalog import Catalog
 from meshd.cache.hashes import Stopped
 from meshd.cache.manifest import Manifest
+from meshd.cache.manifests import from_snapshot, from_tree_cache
 from meshd.cache.references import (
     BuiltinRef,
     FileRef,
@@ -37,14 +36,18 @@ from meshd.cache.references import (
     parse_ref,
 )
 from meshd.cache.store import Store
-from meshd.cache.transfer.words import Done, FetchFailed, News, Progress, Resolved, Said
 from meshd.cache.verdict import Fault, SetVerdict
-from meshd.cache.weights import Weights, inspect, local_set, look, to_weights
+from meshd.cache.weights import Weights, inspect, local_set, look, misfit, to_weights
 from meshd.errors import BrokenWeights, HubRefused, HubUnavailable, MeshdError, NoSpace
 from meshd.ids import ModelId
 from meshd.kernel import Pool
 from meshd.sizes import format_size
 from meshd.view import FetchView, ModelState, Preparing
+
+if TYPE_CHECKING:
+    # Late where they are needed: a node that fetches nothing starts without them.
+    from meshd.cache.catalog import Catalog
+    from meshd.cache.transfer.words import FetchFailed, News, Progress
 
 log = logging.getLogger(__name__)
 
@@ -56,16 +59,17 @@ FETCH_RETRY_S: Final = 60.0
 TELL_EVERY_S: Final = 0.25
 
 Moved: TypeAlias = Callable[[Preparing], None]
-Told: TypeAlias = Callable[[News], None]
+Told: TypeAlias = "Callable[[News], None]"
 
 
 class StartFetch(Protocol):
     """Fetch in a process of its own; leaving the context ends it, in a state to go on from."""
 
     def __call__(
-        self, ref: HubRef, manifest: Manifest | None, damaged: tuple[str, ...]
-    ) -> AbstractAsyncContextManager[AsyncIterator[News]]:
-        """The last news is Done or FetchFailed. Raises NoSpace."""
+        self, wanted: HubRef, manifest: Manifest | None, damaged: tuple[str, ...]
+    ) -> AbstractAsyncContextManager[AsyncIterable[News]]:
+        """The last news is Done or FetchFailed. `manifest`: None for what the hub says now;
+        `damaged`: sha256 of blobs that are there and wrong. Raises MeshdError."""
 
 
 class Preparer:
@@ -80,6 +84,8 @@ class Preparer:
         self._hashing = hashing
         self._fetch = fetch
         self._turns: dict[HubRef, asyncio.Lock] = {}
+        self.busy_with: dict[HubRef, int] = {}
+        """References that somebody waits for, and how many do."""
 
     def parse(self, ref: str) -> Reference:
         """What `ref` names; a path into the Hugging Face cache is what it is on the hub. Raises
@@ -105,6 +111,8 @@ class Preparer:
         parsed = self.parse(ref)
         if isinstance(parsed, HubRef):
             verdict, manifest = await self.make_whole(name, parsed, moved)
+            if (problem := misfit(verdict)) is not None:
+                log.warning("model %s runs without its projector: %s", name, problem)
             return to_weights(name, ref, verdict, manifest)
         try:
             return await self._local(ref, parsed, moved)  # 1
@@ -113,25 +121,58 @@ class Preparer:
             raise
 
     async def make_whole(
-        self, name: str, wanted: HubRef, moved: Moved, told: Told = lambda _: None
+        self,
+        name: str,
+        wanted: HubRef,
+        moved: Moved,
+        told: Told = lambda _: None,
+        *,
+        newest: bool = False,
     ) -> tuple[SetVerdict, Manifest]:
-        """Rules 2 to 5 for a set of the hub; one at a time for each. `told` hears all news."""
+        """Rules 2 to 5 for a set of the hub; one at a time for each. `told` hears all news of a
+        fetch. `newest`: ask the hub what a branch is now, if it can be asked."""
+        self.busy_with[wanted] = self.busy_with.get(wanted, 0) + 1
         turn = self._turns.setdefault(wanted, asyncio.Lock())
         if turn.locked():
             moved(Preparing(ModelState.WAITING, "it is being fetched already"))
-        async with turn:
-            manifest = await self._pool.run(self.store.manifests.find, wanted)
-            verdict = None
-            if manifest is not None:
-                verdict = await self.examine(manifest, moved)  # 2, 3
-                if verdict.ok:
-                    return verdict, manifest
+        try:
+            async with turn:
+                return await self._make_whole(name, wanted, moved, told, newest)
+        finally:
+            self.busy_with[wanted] -= 1
+            if not self.busy_with[wanted]:
+                del self.busy_with[wanted], self._turns[wanted]
+
+    async def _make_whole(
+        self, name: str, wanted: HubRef, moved: Moved, told: Told, newest: bool
+    ) -> tuple[SetVerdict, Manifest]:
+        manifest = await self._pool.run(self._known, wanted)
+        verdict = None
+        if manifest is not None:
+            verdict = await self.examine(manifest, moved)  # 2, 3
+            if verdict.ok and (wanted.is_pinned or not newest):
+                return verdict, manifest
+            if not verdict.ok:
                 log.warning("model %s: %s; fetching what is wrong", name, verdict.worst.words)
-            manifest = await self._mend(name, wanted, manifest, verdict, moved, told)  # 4
-            verdict = await self.examine(manifest, moved)
-            if not verdict.ok:  # 5
-                raise verdict.to_error(f"meshd cache repair {format_ref(wanted)}")
-            return verdict, manifest
+        asked = None if newest and not wanted.is_pinned else manifest
+        manifest = await self._mend(name, wanted, asked, verdict, moved, told)  # 4
+        verdict = await self.examine(manifest, moved)
+        if not verdict.ok:  # 5
+            raise verdict.to_error(f"meshd cache repair {format_ref(wanted)}")
+        return verdict, manifest
+
+    def _known(self, wanted: HubRef) -> Manifest | None:
+        """What `wanted` is as far as this machine knows, by us or by huggingface_hub."""
+        manifests, places = self.store.manifests, self.store.places
+        found = manifests.find(wanted)
+        if found is None:
+            names_a_set = wanted.quant is not None or wanted.path is not None
+            found = from_tree_cache(places, wanted)
+            if found is None and names_a_set:
+                found = from_snapshot(places, wanted)
+            if found is not None:
+                manifests.put(wanted, found)
+        return found
 
     async def examine(self, manifest: Manifest, moved: Moved) -> SetVerdict:
         """The verdict on a set, with nothing left unhashed that could be hashed."""
@@ -151,7 +192,8 @@ class Preparer:
         return weights
 
     def _look_local(self, parsed: FileRef) -> SetVerdict:
-        return look(local_set(parsed.path), self.store.ledger, self.store.headers)
+        headers = self.store.headers
+        return look(local_set(parsed.path, headers), self.store.ledger, headers)
 
     # -- hashing ----------------------------------------------------------------------------------
 
@@ -187,23 +229,24 @@ class Preparer:
         told: Told,
     ) -> Manifest:
         """Fetch what is wrong, or everything. Returns the manifest that holds now."""
+        from meshd.cache.transfer.words import Done, FetchFailed, Progress, Resolved, Said
+
         moved(Preparing(ModelState.FETCHING, "asking for the weights"))
         end: News | None = None
         async with self._fetch(wanted, manifest, _damaged(verdict)) as stream:
-            async with contextlib.aclosing(stream) as events:  # type: ignore[type-var]
-                async for news in events:
-                    told(news)
-                    end = news
-                    if isinstance(news, Resolved):
-                        manifest = news.manifest
-                    elif isinstance(news, Progress):
-                        moved(preparing_of(news))
-                    elif isinstance(news, Said):
-                        log.info("model %s: %s", name, news.message)
+            async for end in stream:
+                told(end)
+                if isinstance(end, Resolved):
+                    manifest = end.manifest
+                elif isinstance(end, Progress):
+                    moved(preparing_of(end))
+                elif isinstance(end, Said):
+                    log.info("model %s: %s", name, end.message)
         if isinstance(end, FetchFailed):
             raise failure(end, verdict)
-        assert isinstance(end, Done) and manifest is not None, "a fetch ends with one of the two"
-        got = ", ".join(f"{format_size(n)} from {who}" for who, n in end.sources.items())
+        assert isinstance(end, Done), "a fetch ends with one of the two"
+        assert manifest is not None, "and is done only with what it resolved"
+        got = ", ".join(f"{format_size(count)} from {who}" for who, count in end.sources.items())
         log.info("model %s: the weights are whole%s", name, f" ({got})" if got else "")
         return manifest
 

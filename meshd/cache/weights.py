@@ -9,17 +9,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from meshd.cache import builtin
 from meshd.cache.gguf_header import GgufHeader
 from meshd.cache.ledger import Ledger
 from meshd.cache.manifest import MAX_SHARDS, Manifest, set_digest
 from meshd.cache.observe import Headers, explain_missing, observe
+from meshd.cache.pairing import best_pair, pairs
 from meshd.cache.places import Places
 from meshd.cache.references import SHARD, BuiltinRef, FileRef, model_id, parse_ref
 from meshd.cache.verdict import Expected, Observation, SetVerdict, judge
 from meshd.errors import BadReference
 from meshd.ids import ModelId
+
+MAX_PROJECTORS: Final = 16
+"""Looked at in a directory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,7 @@ def inspect(
         expected = (Expected(str(builtin.ensure(models_dir)), sha256=builtin.SHA256),)
         verdict = judge(expected, [observe(expected[0].path, headers)], [builtin.SHA256])
     elif isinstance(parsed, FileRef):
-        verdict = look(local_set(parsed.path), ledger, headers)
+        verdict = look(local_set(parsed.path, headers), ledger, headers)
     else:
         raise BadReference(f"`{ref}` names a model of the hub, not a local file", param="ref")
     first = verdict.observations[0]
@@ -94,11 +99,13 @@ def to_weights(
     model: ModelId, ref: str, verdict: SetVerdict, manifest: Manifest | None = None
 ) -> Weights:
     """What an engine can be given. `manifest`: for a set of the hub, whose verdict must be OK; of
-    local files it may be that they were not hashed. Anything else is a ValueError."""
+    local files it may be that they were not hashed. Anything else is a ValueError. A projector that
+    does not fit the model (`misfit`) is left out."""
     if not verdict.ok and (manifest is not None or not verdict.needs_hash):
         raise ValueError(f"not to be given to an engine: {verdict.worst.words}")
     shards, projectors = _parts(verdict)
     first = _header(shards[0])
+    projectors = [seen for seen in projectors if pairs(first, _header(seen)) is None]
     hashes = [file.sha256 for file in verdict.files if file.number > 0]
     known = [sha256 for sha256 in hashes if sha256 is not None]
     digest = set_digest(known) if len(known) == len(hashes) else None
@@ -117,9 +124,35 @@ def to_weights(
     )
 
 
-def local_set(path: Path) -> tuple[Expected, ...]:
-    """The set a local file belongs to, as far as its name tells. Raises BadReference."""
-    return tuple(Expected(str(shard)) for shard in shard_paths(path))
+def misfit(verdict: SetVerdict) -> str | None:
+    """Words on a projector of the set that is not the model's; None if there is none."""
+    shards, projectors = _parts(verdict)
+    model = shards[0].header
+    for seen in projectors:
+        if model is not None and seen.header is not None:
+            problem = pairs(model, seen.header)
+            if problem is not None:
+                return f"{seen.path} {problem}"
+    return None
+
+
+def local_set(path: Path, headers: Headers | None = None) -> tuple[Expected, ...]:
+    """The set a local file belongs to, as far as its name tells, and the projector beside it that
+    fits by its metadata. Raises BadReference."""
+    shards = shard_paths(path)
+    expected = [Expected(str(shard)) for shard in shards]
+    projector = _projector_beside(shards[0], headers)
+    if projector is not None:
+        expected.append(Expected(projector, projector=True))
+    return tuple(expected)
+
+
+def _projector_beside(shard: Path, headers: Headers | None) -> str | None:
+    beside = sorted(shard.parent.glob("*mmproj*.gguf"))[:MAX_PROJECTORS]
+    if not beside or (model := observe(shard, headers).header) is None:
+        return None
+    seen = {str(path): observe(path, headers).header for path in beside if path != shard}
+    return best_pair(model, {path: header for path, header in seen.items() if header is not None})
 
 
 def expected_of(manifest: Manifest, places: Places) -> tuple[Expected, ...]:

@@ -72,9 +72,11 @@ class CacheAccess:
 
 def own_commands(config: Config) -> contextlib.AbstractAsyncContextManager[CacheCommands]:
     """The commands carried out in this process."""
-    from meshd.cache.room import commands_here  # late: with a daemon it is not needed
+    # Late: with a daemon they are not needed.
+    from meshd.cache.commanding import commands_here
+    from meshd.runtime.process import guarded
 
-    return commands_here(config)
+    return commands_here(config, guarded)
 
 
 def failed(error: MeshdError) -> Event:

@@ -29,10 +29,12 @@ from meshd.kernel import (
     Pool,
     ServiceStack,
 )
+from meshd.node.survey import Survey
 from meshd.view import NodeState, NodeView, Preparing, Role, Target, View
 
 if TYPE_CHECKING:
     from meshd.api.admin import AdminServer, InviteBody
+    from meshd.cache.room import CacheRoom
     from meshd.peers.lan.discovery import Discovery
     from meshd.peers.mesh import MeshService
     from meshd.peers.trust.identity import Identity
@@ -41,15 +43,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MODEL_ROOMS = (
-    "meshd.cache.weights",
+    "meshd.cache.room",
     "meshd.peers.trust.identity",
     "meshd.runtime.host",
     "meshd.runtime.registry",
 )
-_OTHER_ROOMS = ("meshd.api.admin", "meshd.peers.lan.discovery", "meshd.peers.mesh")
-
-SURVEY_INTERVAL_S = 30.0
-"""How often devices and disk are looked at again for `meshd status`."""
+_OTHER_ROOMS = (
+    "meshd.api.admin",
+    "meshd.cache.commanding",
+    "meshd.cache.service",
+    "meshd.peers.lan.discovery",
+    "meshd.peers.mesh",
+)
 
 
 class Node:
@@ -64,6 +69,7 @@ class Node:
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._exit_code = 0
+        self._cache: CacheRoom | None = None
         self._models: ModelHost | None = None
         self._mesh: MeshService | None = None
         node = NodeView(
@@ -119,6 +125,7 @@ class Node:
         await self._pool.run(end_orphans, config.run_dir)
         identity = await self._pool.run(load_or_create, config.data_dir)
         self._set_node(id=identity.node_id)
+        self._cache = await self._pool.run(self._make_cache)
         if config.model:
             await self._start_models(stack, api, hosts=True)
         await self._import(_OTHER_ROOMS)
@@ -128,28 +135,29 @@ class Node:
         self._set_node(peer_listen=mesh.peer_listen, role=role.value)
         if not config.model:
             await self._start_models(stack, api, hosts=not mesh.client)
+        from meshd.cache.service import CacheService
+
+        await stack.start(CacheService(self._cache, self._board))
         await stack.start(self._make_admin(api))
         await stack.start(mesh)
         await stack.start(discovery)
-        await stack.start(_Survey(self._board, self._pool))
+        await stack.start(Survey(self.config, self._board, self._pool))
 
     async def _import(self, modules: tuple[str, ...]) -> None:
         # In a thread, so that the API answers while all this is read from disk and compiled.
         await self._pool.run(lambda: [importlib.import_module(module) for module in modules])
 
     async def _start_models(self, stack: ServiceStack, api: ApiServer, *, hosts: bool) -> None:
-        from meshd.cache.references import model_id
-        from meshd.cache.weights import inspect
         from meshd.runtime.host import ModelHost, Rooms
         from meshd.runtime.hosting import WeightFacts
         from meshd.runtime.registry import Registry
 
-        config = self.config
+        config, cache = self.config, self._cache
         registry = Registry(config.cache_dir)
-        models_dir = config.cache_dir / "meshd" / "models"
+        assert cache is not None, "models are started after the cache"
 
         async def prepare(ref: str, moved: Callable[[Preparing], None]) -> WeightFacts:
-            weights = await self._pool.run(inspect, ref, models_dir)
+            weights = await cache.prepare(ref, moved)
             return WeightFacts(
                 first_shard=str(weights.first_shard),
                 total_bytes=weights.total_bytes,
@@ -157,6 +165,7 @@ class Node:
                 capabilities=weights.capabilities,
                 digest=weights.digest,
                 created_at=weights.created_at,
+                mmproj=None if weights.mmproj is None else str(weights.mmproj),
             )
 
         models = self._models = ModelHost(
@@ -165,7 +174,7 @@ class Node:
             Rooms(
                 find_engine=lambda: registry.find(config.runtime_dir),
                 prepare=prepare,
-                identify=lambda ref: (model_id(ref), ref),
+                identify=cache.identify,
                 wait_idle=api.wait_idle,
                 last_request_at=api.last_request_at,
                 always_listed={ModelId("builtin"): "builtin"} if hosts else {},
@@ -180,10 +189,28 @@ class Node:
         for ref in config.model:
             models.load(ref)
 
+    def _make_cache(self) -> CacheRoom:
+        from meshd.cache.room import CacheRoom
+        from meshd.node.neighbours import MeshNeighbours
+        from meshd.runtime.process import guarded
+
+        return CacheRoom(
+            self.config,
+            self._pool,
+            guarded=guarded,
+            neighbours=MeshNeighbours(self._board, lambda: self._mesh),
+            in_use=lambda: self._models.weights_in_use() if self._models else frozenset(),
+        )
+
     def _make_mesh(self, api: ApiServer, identity: Identity) -> tuple[MeshService, Discovery]:
+        from meshd.node.neighbours import CARRIER, bulk_service
         from meshd.peers.lan.discovery import Discovery
         from meshd.peers.mesh import MeshService
         from meshd.peers.session import Needs
+        from meshd.runtime.process import guarded
+
+        cache = self._cache
+        assert cache is not None, "the mesh is made after the cache"
 
         discovery = Discovery(self.config.mdns)
         mesh = self._mesh = MeshService(
@@ -197,6 +224,8 @@ class Node:
                 spawn=lambda work: service.spawn(work, name="work"),
                 inflight=api.inflight,
                 serve_api=api.peer_protocol,
+                carrier=tuple(guarded(CARRIER)),
+                serve_bulk=bulk_service(cache),
             ),
             self._pool,
             discovery,
@@ -206,10 +235,12 @@ class Node:
 
     def _make_admin(self, api: ApiServer) -> AdminServer:
         from meshd.api.admin import AdminServer, LoadBody, UnloadBody
+        from meshd.cache.commanding import CacheCommander
         from meshd.runtime.hosting import LoadOptions
 
-        models = self._models
+        models, cache = self._models, self._cache
         assert models is not None, "the admin side comes after the models"
+        assert cache is not None, "and those after the cache"
 
         def load(body: LoadBody) -> ModelId:
             return models.load(body.ref, LoadOptions(body.context, body.parallel))
@@ -224,6 +255,7 @@ class Node:
             status=api.status,
             recorder=self._recorder,
             mesh=self,
+            cache=CacheCommander(cache),
         )
 
     def _counts(self) -> Iterable[tuple[str, Mapping[str, str], float]]:

@@ -1,0 +1,269 @@
+"""The cache of one process: weights made usable, fetched, offered to others, kept within a budget.
+
+What node.py (or the CLI, where no daemon runs) holds of this room.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from meshd.cache.budget import Holding, PrunePlan, plan
+from meshd.cache.catalog import load_catalog
+from meshd.cache.inventory import Inventory, StoredSet, take_inventory
+from meshd.cache.manifest import Manifest
+from meshd.cache.offering import Offering
+from meshd.cache.places import Places
+from meshd.cache.preparing import Moved, Preparer
+from meshd.cache.references import HubRef, format_ref
+from meshd.cache.removal import Removed, Remover
+from meshd.cache.store import Store
+from meshd.cache.usage import read_usage
+from meshd.cache.uses import UseBook
+from meshd.cache.weights import Weights
+from meshd.config import Config, environment_of_children, hub_cache_dir
+from meshd.errors import BadReference, CacheUnwritable, NoSpace
+from meshd.ids import ModelId
+from meshd.kernel import Pool
+from meshd.sizes import format_size, parse_size_or_share
+from meshd.view import WeightsView
+
+if TYPE_CHECKING:
+    from meshd.cache.transfer.words import Credentials, FetchOrder, News, PeerSource
+
+log = logging.getLogger(__name__)
+
+HASHERS = 2
+"""Sets that are hashed at once; each uses several threads."""
+
+Guarded = Callable[[Sequence[str]], list[str]]
+"""The command line of a child that ends with this process."""
+
+
+class Neighbours(Protocol):
+    """The rest of the mesh, as far as weights go."""
+
+    def sources(self, digest: str | None) -> Sequence[PeerSource]:
+        """Nodes that may be asked for weights; those that say they hold that set come first."""
+
+    def credentials(self) -> Credentials | None:
+        """What to ask them with; None: there is no way."""
+
+    def hold(self, digest: str) -> bool | None:
+        """Whether one of them holds that set verified; None if there is nobody to ask."""
+
+
+class Alone:
+    """No other node."""
+
+    def sources(self, digest: str | None) -> Sequence[PeerSource]:
+        return ()
+
+    def credentials(self) -> Credentials | None:
+        return None
+
+    def hold(self, digest: str) -> bool | None:
+        return None
+
+
+class CacheRoom:
+    def __init__(
+        self,
+        config: Config,
+        pool: Pool,
+        *,
+        guarded: Guarded,
+        neighbours: Neighbours | None = None,
+        in_use: Callable[[], frozenset[str]] = frozenset,
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`in_use`: digests of weights and paths of first shards that engines run on; `changed` is
+        called when weights came or went."""
+        hub = hub_cache_dir().absolute()
+        self.settings = config.cache
+        self.store = Store.at(Places(hub, config.weights_dir, config.models_dir))
+        self.uses = UseBook(self.store.places.state / "uses")
+        self.offering = Offering(self.store)
+        self.remover = Remover(self.store, self.uses)
+        self.pool = pool
+        self.hashing = Pool("hash", workers=HASHERS)
+        catalog = load_catalog(config.data_dir / "catalog.json")
+        self.preparer = Preparer(self.store, catalog, pool, self.hashing, self._fetch)
+        self.changed = changed
+        self._guarded = guarded
+        self._neighbours = neighbours or Alone()
+        self._in_use = in_use
+
+    def close(self) -> None:
+        self.hashing.close()
+
+    # -- for engines ------------------------------------------------------------------------------
+
+    def identify(self, ref: str) -> tuple[ModelId, str]:
+        """The name clients use, and the one way to write `ref`. Raises BadReference."""
+        return self.preparer.identify(ref)
+
+    async def prepare(self, ref: str, moved: Moved) -> Weights:
+        """Weights an engine can be given; see `preparing`."""
+        weights = await self.preparer.prepare(self.identify(ref)[0], ref, moved)
+        if weights.digest is not None:
+            with contextlib.suppress(OSError):  # it then counts as used when it came
+                await self.pool.run(self.uses.used, weights.digest, time.time())
+        self.changed()
+        return weights
+
+    # -- what is there ----------------------------------------------------------------------------
+
+    async def inventory(self) -> Inventory:
+        return await self.pool.run(take_inventory, self.store, self.uses)
+
+    def holding(self, one: StoredSet) -> Holding:
+        """What `budget` has to know of a set, who needs it included."""
+        used, busy = self._in_use(), self.preparer.busy_with
+        paths = {expected.path for expected in one.verdict.expected}
+        return one.holding(
+            pinned=any(self._is(one, pin) for pin in self.settings.pins),
+            in_use=one.digest in used
+            or not paths.isdisjoint(used)
+            or any(ref in busy for ref in one.refs),
+            elsewhere=self._neighbours.hold(one.digest),
+        )
+
+    def shelf(self, inventory: Inventory) -> tuple[WeightsView, ...]:
+        """What lies verified here, for other nodes to know; and from now on it is offered."""
+        self.offering.tell_of(self.store.manifests.all())
+        return tuple(
+            WeightsView(ModelId(one.model), one.ref, one.digest, one.size_bytes)
+            for one in inventory.sets
+            if one.verdict.ok and one.digest.startswith("sha256:")
+        )
+
+    def _is(self, one: StoredSet, ref: str) -> bool:
+        try:
+            parsed = self.preparer.parse(ref)
+        except BadReference:
+            return False
+        return parsed in one.refs or one.model == self.identify(ref)[0]
+
+    # -- fetching ---------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _fetch(
+        self, wanted: HubRef, manifest: Manifest | None, damaged: tuple[str, ...]
+    ) -> AsyncIterator[AsyncIterable[News]]:
+        from meshd.cache.transfer.fetching import Fetch
+
+        if self.settings.budget is not None:
+            if manifest is None:
+                manifest = await self._resolve(wanted)
+            if manifest is not None:
+                await self._make_room(manifest)
+        if manifest is not None:
+            self.offering.add(manifest)
+        digest = None if manifest is None else manifest.digest
+        order = self._order(wanted, digest, manifest=manifest, damaged=damaged)
+        async with await self._start(Fetch, order) as fetch:
+            yield self._offered(fetch)
+        self.changed()
+
+    async def _offered(self, news: AsyncIterable[News]) -> AsyncIterator[News]:
+        """What is on its way is offered to others as soon as it is known what it is."""
+        from meshd.cache.transfer.words import Resolved
+
+        async for one in news:
+            if isinstance(one, Resolved):
+                self.offering.add(one.manifest)
+            yield one
+
+    async def _start(self, fetch: Any, order: FetchOrder) -> Any:
+        command = self._guarded([sys.executable, "-m", "meshd.fetcher"])
+        try:
+            return await fetch.start(order, command, environment_of_children())
+        except OSError as error:
+            raise CacheUnwritable(f"no process to fetch with: {error.strerror}") from None
+
+    def _order(self, wanted: HubRef, digest: str | None = None, **more: Any) -> FetchOrder:
+        from meshd.cache.transfer.words import FetchOrder
+
+        places, settings = self.store.places, self.settings
+        credentials = self._neighbours.credentials() if settings.from_peers else None
+        return FetchOrder(
+            ref=format_ref(wanted),
+            hub_dir=str(places.hub),
+            state_dir=str(places.state),
+            builtin_dir=str(places.builtin),
+            peers=() if credentials is None else tuple(self._neighbours.sources(digest)),
+            credentials=credentials,
+            workers=settings.workers,
+            reserve_bytes=parse_size_or_share(settings.reserve, _disk_bytes(places.hub)),
+            stall_s=settings.stall_s,
+            **more,
+        )
+
+    async def _resolve(self, wanted: HubRef) -> Manifest | None:
+        """What is to be fetched; None if that fails, which the fetch itself will explain."""
+        from meshd.cache.transfer.fetching import Fetch
+        from meshd.cache.transfer.words import Resolved
+
+        found = None
+        async with await self._start(Fetch, self._order(wanted, resolve_only=True)) as fetch:
+            async for news in fetch:
+                if isinstance(news, Resolved):
+                    found = news.manifest
+        return found
+
+    async def _make_room(self, manifest: Manifest) -> None:
+        """Remove what was used longest ago, if the budget asks for it. Raises NoSpace."""
+        usage = await self.pool.run(read_usage, self.store.places.hub, budget=self.settings.budget)
+        inventory = await self.inventory()
+        there = {blob for one in inventory.sets for blob in one.blobs}
+        missing = sum(
+            file.size
+            for file in manifest.files
+            if str(self.store.places.blob(manifest.repo, file.sha256)) not in there
+        )
+        others = [one for one in inventory.sets if not _is_of(one, manifest)]
+        holdings = [self.holding(one) for one in others]
+        wanted = plan(
+            holdings,
+            inventory.leftovers,
+            used_bytes=usage.used_bytes,
+            budget_bytes=usage.budget_bytes,
+            need_bytes=missing,
+        )
+        if wanted.still_over_bytes and missing:
+            raise NoSpace(
+                f"{format_size(missing)} are to be fetched, and the cache's budget "
+                f"(`cache.budget`, {format_size(usage.budget_bytes or 0)}) leaves "
+                f"{format_size(wanted.still_over_bytes)} too little: what is there is in use, "
+                "pinned, or the last copy in the mesh; `meshd cache prune --dry-run` says which"
+            )
+        for _, reason in wanted.remove:
+            log.info("making room: %s", reason)
+        await self.carry_out(wanted, dict(zip(map(id, holdings), others, strict=True)))
+
+    async def carry_out(self, wanted: PrunePlan, sets: Mapping[int, StoredSet]) -> Removed:
+        """Remove what the plan says; `sets`: by the `id` of the holdings that went into it."""
+        removed = Removed()
+        for item, _ in wanted.remove:
+            if isinstance(item, Holding):
+                order = sets[id(item)].removal()
+                removed += await self.pool.run(self.remover.remove, order)
+            else:
+                removed += await self.pool.run(self.remover.clear, item)
+        return removed
+
+
+def _is_of(one: StoredSet, manifest: Manifest) -> bool:
+    return (one.repo, one.digest) == (manifest.repo, manifest.digest)
+
+
+def _disk_bytes(hub: Path) -> int:
+    import shutil
+
+    return shutil.disk_usage(next(p for p in (hub, *hub.parents) if p.exists())).total
