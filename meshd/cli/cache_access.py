@@ -72,8 +72,7 @@ class CacheAccess:
 
 def own_commands(config: Config) -> contextlib.AbstractAsyncContextManager[CacheCommands]:
     """The commands carried out in this process."""
-    # Late: with a daemon they are not needed.
-    from meshd.cache.commanding import commands_here
+    from meshd.cache.commanding import commands_here  # late: with a daemon it is not needed
     from meshd.runtime.process import guarded
 
     return commands_here(config, guarded)

@@ -1,20 +1,29 @@
-"""Pruning a cache of files: what is protected, what goes, what is told."""
+"""From a cache on disk to a plan, and from the plan to a smaller cache."""
 
 from __future__ import annotations
 
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from meshd.cache.budget import FITS, IN_USE, LAST_COPY, OLDEST, PINNED, PrunePlan, plan
-from meshd.cache.commands import PlanRow, PruneReport
+from meshd.cache.budget import (
+    FITS,
+    IN_USE,
+    LAST_COPY,
+    OLDEST,
+    PINNED,
+    Holding,
+    Item,
+    PrunePlan,
+    plan,
+)
 from meshd.cache.inventory import Inventory, StoredSet, take_inventory
 from meshd.cache.locks import try_lock
-from meshd.cache.pruning import holdings_of, prune
 from meshd.cache.references import HubRef
-from meshd.cache.removal import Remover
+from meshd.cache.removal import Removed, Remover
 from meshd.cache.usage import read_usage
 from tests.cache.shelves import Shelves, commit, sha256
 from tests.models import small_model
@@ -50,36 +59,48 @@ class Stock:
     def models(self) -> set[str]:
         return {one.model.partition("-")[0] for one in self.inventory().sets}
 
-    def prune(
+    def plan(
         self,
         budget_bytes: int | None,
         *,
-        dry_run: bool = False,
         force: bool = False,
         in_use: str = "",
         pin: str = "",
         elsewhere: bool | None = True,
-    ) -> tuple[PrunePlan, PruneReport]:
-        """The plan and the report."""
+    ) -> PrunePlan:
+        """`in_use`, `pin`: the beginning of a name, for all of its repositories but `other/…`."""
+
+        def is_called(one: StoredSet, name: str) -> bool:
+            return bool(name) and one.repo.startswith(f"owner/{name}")
+
         inventory = self.inventory()
-
-        def runs(one: StoredSet) -> bool:
-            return bool(in_use) and one.model.startswith(in_use)
-
-        holdings = holdings_of(
-            inventory,
-            pins=[HubRef(self.repo(pin), quant="Q8_0")] if pin else [],
-            in_use=runs,
-            elsewhere=None if elsewhere is None else lambda _: bool(elsewhere),
-        )
-        made = plan(
+        holdings = [
+            one.holding(
+                in_use=is_called(one, in_use), pinned=is_called(one, pin), elsewhere=elsewhere
+            )
+            for one in inventory.sets
+        ]
+        self.sets = {
+            holding.refs: one for holding, one in zip(holdings, inventory.sets, strict=True)
+        }
+        return plan(
             holdings,
             inventory.leftovers,
             used_bytes=read_usage(self.shelves.places.hub).used_bytes,
             budget_bytes=budget_bytes,
             force=force,
         )
-        return made, prune(made, inventory, holdings, self.remover, dry_run=dry_run)
+
+    def prune(self, budget_bytes: int | None, **protected: Any) -> tuple[PrunePlan, Removed]:
+        """Plan, and do it."""
+        made = self.plan(budget_bytes, **protected)
+        removed = Removed()
+        for item, _ in made.remove:
+            if isinstance(item, Holding):
+                removed += self.remover.remove(self.sets[item.refs].removal())
+            else:
+                removed += self.remover.clear(item)
+        return made, removed
 
 
 @pytest.fixture
@@ -87,45 +108,42 @@ def stock(tmp_path: Path) -> Stock:
     return Stock(tmp_path)
 
 
-def reasons(rows: tuple[PlanRow, ...]) -> dict[str, str]:
-    """By the beginning of the model's name."""
-    return {row.what.partition("-")[0]: row.reason for row in rows}
-
-
-def test_a_dry_run_tells_and_does_nothing(stock: Stock) -> None:
-    before = stock.shelves.tree()
-    made, report = stock.prune(3 * stock.size, dry_run=True)
-    assert stock.shelves.tree() == before
-    assert report.dry_run
-    assert reasons(report.remove)["alpha"] == OLDEST
-    assert report.freed_bytes == made.freed_bytes > 0
-    assert report.still_over_bytes == 0
+def reasons(items: tuple[tuple[Item, str], ...]) -> dict[str, str]:
+    """By the beginning of the model's name, leftovers left out."""
+    return {
+        item.model.partition("-")[0]: reason for item, reason in items if isinstance(item, Holding)
+    }
 
 
 def test_models_used_longest_ago_go(stock: Stock) -> None:
-    _, dry = stock.prune(2 * stock.size + 500, dry_run=True)
-    _, report = stock.prune(2 * stock.size + 500)
+    budget = 2 * stock.size + 500
+    made, removed = stock.prune(budget)
     assert stock.models() == {"gamma", "delta"}
-    assert reasons(report.remove) == {"alpha": OLDEST, "beta": OLDEST}
-    assert reasons(report.keep) == {"gamma": FITS, "delta": FITS}
-    assert report == dry.model_copy(update={"dry_run": False}), "what was shown was done"
-    assert read_usage(stock.shelves.places.hub).used_bytes <= 2 * stock.size + 500
-    _, again = stock.prune(2 * stock.size + 500)
-    assert (again.remove, again.freed_bytes) == ((), 0)
+    assert reasons(made.remove) == {"alpha": OLDEST, "beta": OLDEST}
+    assert reasons(made.keep) == {"gamma": FITS, "delta": FITS}
+    assert removed == Removed(made.freed_bytes), "what was planned was freed"
+    assert read_usage(stock.shelves.places.hub).used_bytes <= budget
+    assert stock.plan(budget).remove == ()
+
+
+def test_a_plan_does_nothing(stock: Stock) -> None:
+    before = stock.shelves.tree()
+    assert stock.plan(0).remove
+    assert stock.shelves.tree() == before
 
 
 def test_protected_models_stay(stock: Stock) -> None:
-    _, report = stock.prune(0, in_use="alpha", pin="beta")
+    made, _ = stock.prune(0, in_use="alpha", pin="beta")
     assert stock.models() == {"alpha", "beta"}
-    assert reasons(report.keep) == {"alpha": IN_USE, "beta": PINNED}
-    assert report.still_over_bytes > 0
+    assert reasons(made.keep) == {"alpha": IN_USE, "beta": PINNED}
+    assert made.still_over_bytes > 0
 
 
 @pytest.mark.parametrize("elsewhere", [False, None])
 def test_last_copies_need_force(stock: Stock, elsewhere: bool | None) -> None:
-    _, report = stock.prune(0, elsewhere=elsewhere)
+    made, _ = stock.prune(0, elsewhere=elsewhere)
     assert stock.models() == set(NAMES)
-    assert set(reasons(report.keep).values()) == {LAST_COPY}
+    assert set(reasons(made.keep).values()) == {LAST_COPY}
     stock.prune(0, elsewhere=elsewhere, force=True)
     assert stock.models() == set()
 
@@ -140,9 +158,8 @@ def test_a_broken_copy_needs_none(stock: Stock) -> None:
 def test_leftovers_go_without_a_budget(stock: Stock) -> None:
     orphan = stock.shelves.places.blob(stock.repo("alpha"), sha256(b"none"))
     orphan.write_bytes(b"none")
-    _, report = stock.prune(None)
-    assert [row.what for row in report.remove] == [str(orphan)]
-    assert report.freed_bytes == 4
+    _, removed = stock.prune(None)
+    assert removed == Removed(4)
     assert not orphan.exists()
     assert stock.models() == set(NAMES)
 
@@ -150,11 +167,9 @@ def test_leftovers_go_without_a_budget(stock: Stock) -> None:
 def test_what_is_being_downloaded_stays_and_is_told(stock: Stock) -> None:
     repo = stock.repo("alpha")
     with try_lock(stock.shelves.places.lock(repo, sha256(stock.content["alpha"]))):
-        _, report = stock.prune(3 * stock.size + 500)
+        _, removed = stock.prune(3 * stock.size + 500)
     link = stock.shelves.places.snapshot(repo, commit(1), "alpha-Q8_0.gguf")
-    assert report.busy == (str(link),)
-    assert report.freed_bytes == 0
-    assert report.still_over_bytes > 0
+    assert removed == Removed(0, (str(link),))
     assert stock.models() == set(NAMES)
 
 
