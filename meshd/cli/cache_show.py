@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,8 @@ from meshd.cli.options import duration
 from meshd.sizes import format_size
 
 TENTHS = 10
+
+_HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
 
 
 def print_listing(out: Console, answer: dict[str, Any]) -> None:
@@ -37,7 +40,7 @@ def print_listing(out: Console, answer: dict[str, Any]) -> None:
         out.print(table)
         for row in answer["sets"]:
             if row["problem"]:
-                out.print(f"{escape(row['model'])}: {escape(row['problem'])}")
+                _line(out, f"{row['model']}: {row['problem']}")
     else:
         out.print("no models; `meshd cache pull owner/repo:QUANT` fetches one")
     leftovers = answer["leftovers"]
@@ -50,9 +53,10 @@ def print_listing(out: Console, answer: dict[str, Any]) -> None:
         out.print(f"leftovers {taken} ({kinds}); `meshd cache prune --dry-run` shows them")
     budget = answer["budget_bytes"]
     limit = "no budget" if budget is None else f"budget {format_size(budget)}"
-    out.print(
-        f"{escape(answer['path'])}: {format_size(answer['used_bytes'])} used, {limit}, "
-        f"{format_size(answer['free_bytes'])} free on disk"
+    _line(
+        out,
+        f"{answer['path']}: {format_size(answer['used_bytes'])} used, {limit}, "
+        f"{format_size(answer['free_bytes'])} free on disk",
     )
 
 
@@ -75,7 +79,7 @@ def print_plan(out: Console, answer: dict[str, Any]) -> None:
     would = "would free" if answer["dry_run"] else "freed"
     out.print(f"{would} {format_size(answer['freed_bytes'])}")
     for path in answer["busy"]:
-        out.print(f"stays: {escape(path)}, another program is downloading it")
+        _line(out, f"stays: {path}, another program is downloading it")
     if answer["still_over_bytes"]:
         out.print(
             f"still {format_size(answer['still_over_bytes'])} over the budget; "
@@ -191,15 +195,15 @@ class VerifyView(EventView):
                 table.add_row(
                     escape(Path(row["path"]).name),
                     row["fault"],
-                    escape(row["expected"] or "-"),
-                    escape(row["found"] or "-"),
+                    escape(_short(row["expected"])),
+                    escape(_short(row["found"])),
                 )
             out.print(table)
         wrong = [row for row in self._files if row["fault"] != "ok"]
         for row in wrong:
-            out.print(f"{escape(row['path'])} {escape(row['problem'])}")
+            _line(out, f"{row['path']} {row['problem']}")
         for advice in dict.fromkeys(row["advice"] for row in wrong if row["advice"]):
-            out.print(f"to do: {escape(advice)}")
+            _line(out, f"to do: {advice}")
         if not verified["files"]:
             out.print("there is nothing to verify")
         elif verified["wrong"]:
@@ -214,6 +218,16 @@ def _table(*headings: str) -> Table:
     for heading in headings:
         table.add_column(heading, overflow="fold")
     return table
+
+
+def _line(out: Console, text: str) -> None:
+    """Paths are there to be copied: they are not broken into lines."""
+    out.print(text, markup=False, soft_wrap=True)
+
+
+def _short(fact: str | None) -> str:
+    """A size, or as much of a hash as tells it from others."""
+    return "-" if fact is None else _HASH.sub(r"\1…", fact)
 
 
 def _figures(event: dict[str, Any]) -> str:

@@ -439,8 +439,8 @@ def test_verify_of_what_is_right(cli: Cli, scripted: Scripted) -> None:
 def test_verify_of_what_is_wrong(cli: Cli, scripted: Scripted) -> None:
     wrong = CHECKED.model_copy(
         update={
-            "fault": "corrupt", "problem": "has another sha256", "expected": "sha256 aa…",
-            "found": "sha256 bb…", "advice": f"`meshd cache repair {REF}`",
+            "fault": "corrupt", "problem": "has another sha256", "expected": f"sha256 {'aa' * 32}",
+            "found": f"sha256 {'bb' * 32}", "advice": f"`meshd cache repair {REF}`",
         }
     )  # fmt: skip
     verified = Verified(files=2, wrong=1, hashed_bytes=1)
@@ -450,8 +450,8 @@ def test_verify_of_what_is_wrong(cli: Cli, scripted: Scripted) -> None:
     rows = [line for line in result.stdout.splitlines() if line.startswith("some-Q4_K_M.gguf")]
     assert len(rows) == 1
     assert "corrupt" in rows[0]
-    assert "sha256 aa…" in rows[0]
-    assert "sha256 bb…" in rows[0]
+    assert f"sha256 {'a' * 12}… " in rows[0]
+    assert f"sha256 {'b' * 12}…" in rows[0]
     assert "/cache/some-Q4_K_M.gguf has another sha256" in result.stdout
     assert f"to do: `meshd cache repair {REF}`" in result.stdout
     assert "1 of 2 files are not as they should be" in result.stdout
