@@ -47,9 +47,9 @@ class Damage:
 
 
 def due(entries: Iterable[LedgerEntry], now: float, period_s: float) -> list[LedgerEntry]:
-    """What was not checked for `period_s`, or was checked in the future, oldest first."""
-    found = [entry for entry in entries if not 0 <= now - entry.checked_at < period_s]
-    return sorted(found, key=lambda entry: (entry.checked_at, entry.facts.real_path))
+    """Those of `entries`, in their order, that were not checked for `period_s`, or in the future:
+    a clock that was set back spares no file for ever."""
+    return [entry for entry in entries if not 0 <= now - entry.checked_at < period_s]
 
 
 def due_in_s(entries: Iterable[LedgerEntry], now: float, period_s: float) -> float:
@@ -151,15 +151,15 @@ class Scrubber(Service):
     async def _rounds(self, pool: Pool) -> None:
         pause_s = self._first_wait_s
         while not await self._stopped_within(pause_s):
-            entries = await pool.run(lambda: list(self._ledger.entries()))
+            entries = await pool.run(self._ledger.oldest_checked)
             for entry in due(entries, time.time(), self._period_s):
                 damage = await pool.run(self._scrub, entry)
                 if damage is not None:
                     self._on_damage(damage)
                 if self.stopping.is_set():
                     return
-            left = await pool.run(lambda: list(self._ledger.entries()))
-            pause_s = due_in_s(left, time.time(), self._period_s)
+            entries = await pool.run(self._ledger.oldest_checked)
+            pause_s = due_in_s(entries, time.time(), self._period_s)
 
     def _scrub(self, entry: LedgerEntry) -> Damage | None:
         try:

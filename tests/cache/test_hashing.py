@@ -24,7 +24,7 @@ from meshd.cache.verdict import Expected, Fault
 from meshd.cache.weights import local_set, look
 from tests.models import small_model
 
-SIZES = [0, 1, 1000, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 9 * CHUNK_BYTES + 5]
+SIZES = [0, 1, 1000, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 4 * CHUNK_BYTES + 5]
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_the_file_at_the_end_of_links(tmp_path: Path) -> None:
 
 
 def test_stopped_within_a_chunk(tmp_path: Path) -> None:
-    write(tmp_path / "f", 9 * CHUNK_BYTES)
+    write(tmp_path / "f", 4 * CHUNK_BYTES)
     steps: list[int] = []
     with pytest.raises(Stopped):
         hash_file(tmp_path / "f", stop=lambda: len(steps) == 2, advance=steps.append)
