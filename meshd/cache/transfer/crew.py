@@ -272,7 +272,7 @@ class PeerWorker:
     def _hang_up(self) -> None:
         if self._file is not None:
             self._file.close()
-        self._file = self._job = None
+        self._file = None
 
     # -- trouble ----------------------------------------------------------------------------------
 

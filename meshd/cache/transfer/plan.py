@@ -285,7 +285,7 @@ class Plan:
         that has only parts may come to have more; it is for its reader to say `gone`."""
         if self.failure or self.complete or self._flights.under_way or self._storing:
             return self.failure
-        while not any(self._may_bring(name) for name in self._sources):
+        while not any(self._may_bring(name) or self.is_new(name) for name in self._sources):
             if not any(self._waits(name) for name in self._sources):
                 self.failure = "nobody can bring what is missing"
                 return self.failure
@@ -378,7 +378,8 @@ class Plan:
     # -- who may ------------------------------------------------------------------------------
 
     def _may_bring(self, source: str) -> bool:
-        return self.usable(source) and not self._jury.dissents(source)
+        known = source == HUB or self._sources[source].asked
+        return known and self.usable(source) and not self._jury.dissents(source)
 
     def _waits(self, source: str) -> bool:
         """It has something to bring, and is not believed."""

@@ -73,6 +73,8 @@ def test_the_hub_alone_brings_everything_in_order() -> None:
 
 def test_spans_are_as_long_as_their_source_likes() -> None:
     plan = Plan(1000 * CHUNK_BYTES, (HUB, "a"), streams=2)
+    assert plan.next("a", 0.0) is None, "it has not said what it has"
+    plan.offered("a", None, None)
     hub, peer = plan.next(HUB, 0.0), plan.next("a", 0.0)
     assert hub is not None
     assert peer is not None
@@ -280,6 +282,7 @@ def test_what_a_peer_turns_out_to_lack_is_not_asked_of_it_again() -> None:
 
 def test_an_idle_source_takes_half_of_what_a_slow_one_has() -> None:
     plan = Plan(4 * CHUNK_BYTES, (HUB, "a"))
+    plan.offered("a", None, None)
     taken, rest = plan.next(HUB, 0.0), plan.next("a", 0.0)
     assert taken is not None
     assert (taken.first, taken.count) == (0, 2)
@@ -297,6 +300,8 @@ def test_an_idle_source_takes_half_of_what_a_slow_one_has() -> None:
 
 def test_one_chunk_is_brought_by_a_second_source_after_patience_and_never_by_a_third() -> None:
     plan = Plan(CHUNK_BYTES, ("a", "b", "c"))
+    for name in ("a", "b", "c"):
+        plan.offered(name, None, None)
     first = plan.next("a", 0.0)
     assert first is not None
     assert plan.share("b", PATIENCE_S / 2) is None
