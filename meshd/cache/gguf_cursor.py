@@ -11,6 +11,8 @@ MAX_KEPT_BYTES: Final = 4 << 20
 """Of all names and strings that are kept; decoded they may take four times as much."""
 MAX_FILE_BYTES: Final = 1 << 46
 """What a header promises beyond this is no promise but damage."""
+LONG_ARRAY: Final = 4096
+"""Strings; for fewer the pattern that walks over them costs more to make than it saves."""
 STRINGS_A_BLOCK: Final = 256
 SHORT_STRING_BYTES: Final = 32
 
@@ -107,12 +109,12 @@ class Cursor:
         """Walk over `count` strings; vocabularies have hundreds of thousands, mostly short."""
         start = self.at
         left, self.at = self.walks.get(start, (count, start))
+        pattern = _block_of_short_strings() if count >= LONG_ARRAY else None
         try:
             while left:
                 block = min(left, STRINGS_A_BLOCK)
-                if block == STRINGS_A_BLOCK and (
-                    match := _block_of_short_strings().match(self.buffer, self.at)
-                ):
+                match = pattern.match(self.buffer, self.at) if pattern is not None else None
+                if match is not None and block == STRINGS_A_BLOCK:
                     self.at = match.end()
                 else:
                     self._walk(block)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshd.cache.gguf_cursor import GgufError, NeedMore
+from meshd.cache.gguf_cursor import LONG_ARRAY, GgufError, NeedMore, Walks
 from meshd.cache.gguf_header import (
     MAX_METADATA,
     MAX_TENSORS,
@@ -187,3 +187,25 @@ def test_random_bytes(noise: bytes) -> None:
     for data in (noise, b"GGUF\x03\0\0\0" + noise):
         with pytest.raises((GgufError, NeedMore)):
             parse_header(data, len(data) + 100 if noise else 0)
+
+
+@given(
+    lengths=st.lists(st.sampled_from([0, 1, 7, 31, 32, 255, 256, 300]), min_size=1, max_size=20),
+    count=st.integers(LONG_ARRAY, LONG_ARRAY + 600),
+    first_prefix=st.integers(1, 200_000),
+)
+def test_long_arrays_end_where_they_end(lengths: list[int], count: int, first_prefix: int) -> None:
+    """Short strings are walked over in blocks, others singly, and where bytes ran out it goes on;
+    the key behind the array, itself a short string, is not taken for one of it."""
+    strings = b"".join(text(lengths[n % len(lengths)] * b"x") for n in range(count))
+    array = text(b"strings") + struct.pack("<IIQ", 9, 8, count) + strings
+    data = raw(entries=2, body=array + text(b"behind") + struct.pack("<II", 4, 7))
+    header, walks, size = None, Walks(), first_prefix
+    while header is None:
+        try:
+            header = parse_header(data[:size], len(data), walks)
+        except NeedMore as more:
+            size = max(more.size, 2 * size)
+    assert header.metadata == {"strings": ArrayLength(count), "behind": 7}
+    with pytest.raises(GgufError, match="cut off"):
+        parse(data[: len(data) - 20])
