@@ -51,6 +51,11 @@ class Leftover:
     reason: str
     """Why it may go, or why it stays."""
 
+    @property
+    def blob(self) -> str:
+        """Name of the blob it is, was, or was to be."""
+        return self.path.rpartition("/")[2].partition(".")[0]
+
 
 @dataclass(frozen=True, slots=True)
 class Holding:

@@ -4,7 +4,8 @@ few milliseconds a set.
 1. A manifest of which some shard is here is a set; all revisions with the same shards are one.
 2. GGUF files no manifest tells of are sets by their names, each with its shards. Hashes they should
    have are known all the same: huggingface_hub names blobs by them.
-3. What belongs to no set is a leftover: partials, files set aside, blobs no snapshot links to.
+3. What belongs to no set is a leftover: files set aside, blobs no snapshot links to, partials
+   nobody will go on with. Other partials are a part of their sets.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pydantic import ValidationError
 
-from meshd.cache.budget import Holding, Leftover, own_bytes
+from meshd.cache.budget import Holding, Leftover, LeftoverKind, own_bytes
 from meshd.cache.commands import LeftoverRow, Listing, SetRow
 from meshd.cache.leftovers import leftovers_of
 from meshd.cache.manifest import Manifest, set_digest
@@ -51,7 +52,7 @@ class StoredSet:
     links: tuple[Link, ...]
     """All files of all its revisions, there or not."""
     blobs: Mapping[str, int]
-    """What is on the disk, partials left out: bytes, by path."""
+    """What is on the disk: bytes, by path."""
     last_used_at: float
     """Unix time; when it came, if it was not used since."""
 
@@ -114,10 +115,22 @@ def take_inventory(store: Store, uses: UseBook, *, now: float | None = None) -> 
     leftovers: list[Leftover] = []
     for repo in repositories(store.places.hub):
         found = list(_sets_of(repo, known[repo.name], store, uses))
-        sets += found
         needed = {link.blob for one in found for link in one.links if link.blob is not None}
-        leftovers += leftovers_of(repo, needed, store, at)
+        loose = tuple(leftovers_of(repo, needed, store, at))
+        growing = {
+            item for item in loose
+            if item.kind is LeftoverKind.PARTIAL and not item.useless and item.blob in needed
+        }  # fmt: skip
+        sets += [_with_partials(one, growing) for one in found]
+        leftovers += [item for item in loose if item not in growing]
     return Inventory(tuple(sorted(sets, key=lambda one: (one.model, one.ref))), tuple(leftovers))
+
+
+def _with_partials(one: StoredSet, growing: Iterable[Leftover]) -> StoredSet:
+    """What somebody will go on with is a part of the set already."""
+    parts = {link.blob for link in one.links}
+    more = {item.path: item.size_bytes for item in growing if item.blob in parts}
+    return replace(one, blobs={**one.blobs, **more}) if more else one
 
 
 def listing(inventory: Inventory, holdings: Sequence[Holding], usage: CacheView) -> Listing:
@@ -292,11 +305,14 @@ def _on_disk(repo: Repository, links: Iterable[Link], places: Places) -> Iterato
 
 
 def _came_at(repo: Repository, links: Iterable[Link], places: Places) -> float:
+    """When the last of it came."""
     times = [0.0]
     for link in links:
         with contextlib.suppress(OSError):
             status = places.snapshot(repo.name, link.revision, link.path).lstat()
             times.append(status.st_mtime)
+        names = {f"{link.blob}", f"{link.blob}{PARTIAL_SUFFIX}"} & repo.blobs.keys()
+        times += [repo.blobs[name].st_mtime for name in names]
     return max(times)
 
 

@@ -124,8 +124,7 @@ class Remover:
     def clear(self, leftover: Leftover) -> Removed:
         """Remove a leftover, if it still is one."""
         path = Path(leftover.path)
-        blob = path.name.partition(".")[0]
-        repo = path.parent.parent
+        blob, repo = leftover.blob, path.parent.parent
         with try_lock(self._lock(repo, blob)) as held:
             if not held:
                 return Removed(busy=(leftover.path,))

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from meshd.cache.budget import LeftoverKind
 from meshd.cache.commands import SetRow
 from meshd.cache.inventory import Inventory, StoredSet, listing, take_inventory
 from meshd.cache.leftovers import SETTLED_AFTER_S, STALE_AFTER_S
@@ -105,8 +104,15 @@ def test_a_set_that_has_only_begun_is_here(shelves: Shelves, one: dict[str, byte
     inventory = take(shelves)
     (found,) = inventory.sets
     assert found.verdict.worst.fault is Fault.MISSING
-    assert found.blobs == {}
-    assert [item.kind for item in inventory.leftovers] == [LeftoverKind.PARTIAL]
+    assert found.blobs == {str(partial): 4}, "what a pull goes on with is a part of it"
+    assert found.last_used_at == partial.stat().st_mtime
+    assert inventory.leftovers == ()
+    stale = take(shelves, later_s=STALE_AFTER_S + DAY_S)
+    assert stale.sets[0].blobs == {}
+    assert [item.path for item in stale.leftovers] == [str(partial)]
+    removed = Remover(shelves.store, shelves.uses).remove(found.removal())
+    assert removed.freed_bytes == 4
+    assert take(shelves) == Inventory((), ())
 
 
 def test_files_of_other_tools_are_sets_by_their_names(
@@ -207,7 +213,8 @@ def test_finding_by_reference(
 def test_last_use(shelves: Shelves, one: dict[str, bytes]) -> None:
     shelves.add(REPO, one)
     link = shelves.places.snapshot(REPO, commit(1), "some-Q8_0.gguf")
-    os.utime(link, (1000.0, 1000.0), follow_symlinks=False)
+    os.utime(link, (1000.0, 1000.0))
+    os.utime(link, (900.0, 900.0), follow_symlinks=False)
     found = only(shelves)
     assert found.last_used_at == 1000.0, "when it came"
     shelves.uses.used(found.digest, 2000.0)
