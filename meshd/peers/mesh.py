@@ -220,7 +220,7 @@ class MeshService(Service):
                 desk.serve,
                 session.linking.serve,
                 session.serve_raw,
-                session.bulk.take,
+                session.take_bulk,
             ),
             lambda work: self.spawn(work, name="peer"),
         )

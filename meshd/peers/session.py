@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -301,6 +302,11 @@ class Session:
             return self._needs.serve_api(self._showing.name_of(node))
         except MeshdError as error:
             raise PeerRefused(error.message, reason=error.code) from None
+
+    @property
+    def take_bulk(self) -> Callable[[socket.socket], None] | None:
+        """Who takes bulk connections over; None if nobody here does."""
+        return self.bulk.take if self._needs.carrier else None
 
     def _serve_bulk(self, node: NodeId, wanted: Open) -> dict[str, Any]:
         if self.role is Role.CLIENT:

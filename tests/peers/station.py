@@ -135,7 +135,7 @@ class Station:
             self._join,
             self.session.linking.serve,
             self.session.serve_raw,
-            self.session.bulk.take,
+            self.session.take_bulk,
         )
         await self.listener.start(trust.server_context(), speakers, self.spawn)
         self.session.start()

@@ -39,7 +39,7 @@ QUESTION_LIMIT: Final = 64 * 1024
 
 class Handover:
     """`command` becomes the carrier process, its standard input and output two sockets
-    (`words.py`); empty: bulk is not served. `authenticate` says whose certificate one is, `serve`
+    (`words.py`). `authenticate` says whose certificate one is, `serve`
     what a node gets; both raise PeerRefused. `limit`: of streams."""
 
     def __init__(
@@ -110,7 +110,7 @@ class Handover:
 
     def _running(self) -> _Carrier | None:
         """The carrier, started if need be; None if there can be none now."""
-        if self._carrier is not None or self._closed or not self._command:
+        if self._carrier is not None or self._closed:
             return self._carrier
         now = self._clock.now()
         if now < self._next_start_at:

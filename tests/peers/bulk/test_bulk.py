@@ -302,15 +302,11 @@ async def test_a_client_serves_nothing_and_is_not_asked(nodes: Any) -> None:
     stream.close()
 
 
-async def test_a_node_without_a_carrier_closes(nodes: Any) -> None:
+async def test_a_node_without_a_carrier_is_told_apart(nodes: Any) -> None:
     a, b, _ = nodes
-    a.session.bulk._command = ()
-    with pytest.raises(PeerUnreachable):
-        await b.open(a)
-
-
-async def test_a_peer_that_knows_no_bulk_is_told_apart(nodes: Any) -> None:
-    a, b, _ = nodes
+    without = replace(a.session._needs, carrier=())
+    a.session._needs = without
+    assert a.session.take_bulk is None
     a.listener._speakers = replace(a.listener._speakers, bulk=None)
     error = await refused(b.open(a))
     assert error.reason == "no_service"
