@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -325,79 +325,101 @@ def test_hf_finds_a_whole_cache_afterwards(shelves: Shelves, remover: Remover) -
 
 CHILD = textwrap.dedent(
     """
-    import os, signal, sys
+    import json, os, signal, sys
     from pathlib import Path
     from meshd.cache.removal import RemovalOrder, Remover
     from tests.cache.shelves import Shelves
 
-    shelves, left = Shelves(Path(sys.argv[1])), int(sys.argv[2])
-    order = RemovalOrder.model_validate_json(Path(sys.argv[3]).read_bytes())
+    def remove(home, moment):
+        left = moment
 
-    def count(event, arguments):
-        # Every change of the file system is about to happen: os.remove, os.rmdir, os.rename, …
-        global left
-        if event.startswith("os.") and event not in ("os.listdir", "os.scandir", "os.walk"):
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+        def count(event, arguments):
+            # A change of the file system is about to happen: os.remove, os.rmdir, os.rename, ...
+            nonlocal left
+            if event.startswith("os.") and event not in ("os.listdir", "os.scandir", "os.walk"):
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
-    sys.addaudithook(count)
-    Remover(shelves.store, shelves.uses).remove(order)
-    print(left)
+        shelves = Shelves(home)
+        order = RemovalOrder.model_validate_json((home / "order.json").read_bytes())
+        sys.addaudithook(count)
+        Remover(shelves.store, shelves.uses).remove(order)
+        (home / "steps").write_text(str(moment - left))
+
+    for home, moment in json.load(sys.stdin):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                remove(Path(home), moment)
+            finally:
+                os._exit(0)
+        print(os.waitpid(pid, 0)[1])
     """
 )
 
 
-def run_child(home: Path, moment: int, ordered: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", CHILD, str(home), str(moment), str(ordered)],
+def dangling(shelves: Shelves) -> set[str]:
+    """Blobs that are linked to and not there."""
+    repo = shelves.places.repo(REPO)
+    return linked_blobs(repo) - {path.name for path in (repo / "blobs").iterdir()}
+
+
+def killed_removals(moments: dict[Path, int]) -> list[int]:
+    """Carry out the order in each of those caches, killed before that change of the file system;
+    the signals the processes died of."""
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD],
+        input=json.dumps([(str(home), moment) for home, moment in moments.items()]),
         capture_output=True,
         text=True,
         timeout=60,
         cwd=Path(__file__).parents[2],
     )
+    assert done.returncode == 0, done.stderr
+    return [int(line) for line in done.stdout.split()]
+
+
+def ordered_shelves(home: Path) -> Shelves:
+    """Two sets, and an order to remove one of them."""
+    shelves = Shelves(home)
+    shelves.add(REPO, {**Q4, **Q8})
+    shelves.know(HubRef(REPO, quant="Q8_0"), Q8)
+    four = shelves.know(HubRef(REPO, quant="Q4"), Q4)
+    for content in (*Q4.values(), *Q8.values()):
+        shelves.verify(REPO, content)
+    (home / "order.json").write_text(order(four).model_dump_json())
+    return shelves
 
 
 def test_a_kill_at_any_moment_is_finished_by_the_next_start(tmp_path: Path) -> None:
-    def prepare(home: Path) -> tuple[Shelves, Path]:
-        shelves = Shelves(home)
-        shelves.add(REPO, {**Q4, **Q8})
-        shelves.know(HubRef(REPO, quant="Q8_0"), Q8)
-        for content in (*Q4.values(), *Q8.values()):
-            shelves.verify(REPO, content)
-        four = shelves.know(HubRef(REPO, quant="Q4"), Q4)
-        ordered = home / "order.json"
-        ordered.write_text(order(four).model_dump_json())
-        return shelves, ordered
+    whole = ordered_shelves(tmp_path / "whole")
+    before = whole.tree()
+    assert killed_removals({whole.home: 10_000}) == [0]
+    after = whole.tree()
+    steps = int((whole.home / "steps").read_text())
+    assert steps > 20
 
-    many = 10_000
-    shelves, ordered = prepare(tmp_path / "whole")
-    whole = run_child(shelves.home, many, ordered)
-    assert whole.returncode == 0, whole.stderr
-    steps = many - int(whole.stdout)
-    after = shelves.tree()
-    assert steps > 10
-    chance = random.Random(4)
-    for moment in sorted(chance.sample(range(1, steps + 1), 12)):
-        shelves, ordered = prepare(tmp_path / str(moment))
-        before = shelves.tree()
-        killed = run_child(shelves.home, moment, ordered)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-        begun = bool(orders_left(shelves))
-        finished = Remover(shelves.store, shelves.uses).recover()
+    stocks = [ordered_shelves(tmp_path / str(moment)) for moment in range(1, steps + 1)]
+    moments = {shelves.home: moment for moment, shelves in enumerate(stocks, start=1)}
+    assert killed_removals(moments) == [signal.SIGKILL] * steps
+    finished = 0
+    for moment, shelves in enumerate(stocks, start=1):
         where = f"killed before change {moment} of {steps}"
-        assert orders_left(shelves) in ([], [p for p in orders_left(shelves) if p.name[0] == "."])
-        if finished:
-            assert begun
+        assert dangling(shelves) == set(), where
+        remover = Remover(shelves.store, shelves.uses)
+        if remover.recover():
+            finished += 1
             assert shelves.tree() == after, where
-            assert shelves.store.manifests.find(HubRef(REPO, quant="Q4")) is None
+            assert shelves.store.manifests.find(HubRef(REPO, quant="Q4")) is None, where
+            assert len(list(shelves.store.ledger.entries())) == 1, where
         else:
-            assert shelves.tree() in (before, after), where
-        eight = shelves.places.blob(REPO, sha256(Q8["some-Q8_0.gguf"]))
-        assert eight.read_bytes() == Q8["some-Q8_0.gguf"]
-        assert linked_blobs(shelves.places.repo(REPO)) <= {
-            path.name for path in (shelves.places.repo(REPO) / "blobs").iterdir()
-        }, where
+            assert shelves.tree() == before, f"{where}: begun, and not noted"
+        assert remover.recover() == (), where
+        eight = shelves.places.snapshot(REPO, commit(1), "some-Q8_0.gguf")
+        assert eight.read_bytes() == Q8["some-Q8_0.gguf"], where
+        assert dangling(shelves) == set(), where
+    assert finished > steps // 2
 
 
 def interrupted(shelves: Shelves, ordered: RemovalOrder) -> None:
