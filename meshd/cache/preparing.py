@@ -26,6 +26,7 @@ from meshd.cache.hashes import Stopped
 from meshd.cache.manifest import Manifest
 from meshd.cache.manifests import from_snapshot, from_tree_cache
 from meshd.cache.references import (
+    BUILTIN,
     BuiltinRef,
     FileRef,
     HubRef,
@@ -73,13 +74,19 @@ class StartFetch(Protocol):
 
 
 class Preparer:
-    """`pool` runs looks, `hashing` what takes long; `catalog` resolves names."""
+    """`pool` runs looks, `hashing` what takes long; `catalog` is asked for only when a name has to
+    be looked up."""
 
     def __init__(
-        self, store: Store, catalog: Catalog | None, pool: Pool, hashing: Pool, fetch: StartFetch
+        self,
+        store: Store,
+        catalog: Callable[[], Catalog],
+        pool: Pool,
+        hashing: Pool,
+        fetch: StartFetch,
     ) -> None:
         self.store = store
-        self.catalog = catalog
+        self._catalog = catalog
         self._pool = pool
         self._hashing = hashing
         self._fetch = fetch
@@ -90,7 +97,7 @@ class Preparer:
     def parse(self, ref: str) -> Reference:
         """What `ref` names; a path into the Hugging Face cache is what it is on the hub. Raises
         BadReference."""
-        parsed = parse_ref(ref, self.catalog)
+        parsed = parse_ref(ref, self._catalog_for(ref))
         if isinstance(parsed, FileRef):
             return hub_ref_of(parsed.path, self.store.places.hub) or parsed
         return parsed
@@ -98,8 +105,11 @@ class Preparer:
     def identify(self, ref: str) -> tuple[ModelId, str]:
         """The name clients use, and the one way to write the reference. Raises BadReference."""
         parsed = self.parse(ref)
-        name = model_id(ref, self.catalog)
+        name = model_id(ref, self._catalog_for(ref))
         return name, format_ref(parsed) if isinstance(parsed, HubRef) else ref
+
+    def _catalog_for(self, ref: str) -> Catalog | None:
+        return None if ref == BUILTIN or "/" in ref else self._catalog()
 
     async def prepare(self, name: ModelId, ref: str, moved: Moved) -> Weights:
         """Weights an engine can be given, by the rules above.

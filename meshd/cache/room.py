@@ -10,20 +10,15 @@ import logging
 import sys
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from meshd.cache.budget import Holding, PrunePlan, plan
-from meshd.cache.catalog import load_catalog
-from meshd.cache.inventory import Inventory, StoredSet, take_inventory
 from meshd.cache.manifest import Manifest
-from meshd.cache.offering import Offering
 from meshd.cache.places import Places
 from meshd.cache.preparing import Moved, Preparer
 from meshd.cache.references import HubRef, format_ref
-from meshd.cache.removal import Removed, Remover
 from meshd.cache.store import Store
-from meshd.cache.usage import read_usage
 from meshd.cache.uses import UseBook
 from meshd.cache.weights import Weights
 from meshd.config import Config, environment_of_children, hub_cache_dir
@@ -34,6 +29,12 @@ from meshd.sizes import format_size, parse_size_or_share
 from meshd.view import WeightsView
 
 if TYPE_CHECKING:
+    # Late where they are needed: models are loaded before all of this is read.
+    from meshd.cache.budget import Holding, PrunePlan
+    from meshd.cache.catalog import Catalog
+    from meshd.cache.inventory import Inventory, StoredSet
+    from meshd.cache.offering import Offering
+    from meshd.cache.removal import Removed, Remover
     from meshd.cache.transfer.words import Credentials, FetchOrder, News, PeerSource
 
 log = logging.getLogger(__name__)
@@ -88,12 +89,10 @@ class CacheRoom:
         self.settings = config.cache
         self.store = Store.at(Places(hub, config.weights_dir, config.models_dir))
         self.uses = UseBook(self.store.places.state / "uses")
-        self.offering = Offering(self.store)
-        self.remover = Remover(self.store, self.uses)
         self.pool = pool
         self.hashing = Pool("hash", workers=HASHERS)
-        catalog = load_catalog(config.data_dir / "catalog.json")
-        self.preparer = Preparer(self.store, catalog, pool, self.hashing, self._fetch)
+        self.preparer = Preparer(self.store, lambda: self.catalog, pool, self.hashing, self._fetch)
+        self._own_catalog = config.data_dir / "catalog.json"
         self.changed = changed
         self._guarded = guarded
         self._neighbours = neighbours or Alone()
@@ -101,6 +100,25 @@ class CacheRoom:
 
     def close(self) -> None:
         self.hashing.close()
+
+    @cached_property
+    def catalog(self) -> Catalog:
+        """Names of well-known models, the user's own first. Raises BadConfig."""
+        from meshd.cache.catalog import load_catalog
+
+        return load_catalog(self._own_catalog)
+
+    @cached_property
+    def offering(self) -> Offering:
+        from meshd.cache.offering import Offering
+
+        return Offering(self.store)
+
+    @cached_property
+    def remover(self) -> Remover:
+        from meshd.cache.removal import Remover
+
+        return Remover(self.store, self.uses)
 
     # -- for engines ------------------------------------------------------------------------------
 
@@ -120,6 +138,8 @@ class CacheRoom:
     # -- what is there ----------------------------------------------------------------------------
 
     async def inventory(self) -> Inventory:
+        from meshd.cache.inventory import take_inventory
+
         return await self.pool.run(take_inventory, self.store, self.uses)
 
     def holding(self, one: StoredSet) -> Holding:
@@ -219,6 +239,9 @@ class CacheRoom:
 
     async def _make_room(self, manifest: Manifest) -> None:
         """Remove what was used longest ago, if the budget asks for it. Raises NoSpace."""
+        from meshd.cache.budget import plan
+        from meshd.cache.usage import read_usage
+
         usage = await self.pool.run(read_usage, self.store.places.hub, budget=self.settings.budget)
         inventory = await self.inventory()
         there = {blob for one in inventory.sets for blob in one.blobs}
@@ -249,6 +272,9 @@ class CacheRoom:
 
     async def carry_out(self, wanted: PrunePlan, sets: Mapping[int, StoredSet]) -> Removed:
         """Remove what the plan says; `sets`: by the `id` of the holdings that went into it."""
+        from meshd.cache.budget import Holding
+        from meshd.cache.removal import Removed
+
         removed = Removed()
         for item, _ in wanted.remove:
             if isinstance(item, Holding):

@@ -51,6 +51,7 @@ _MODEL_ROOMS = (
 _OTHER_ROOMS = (
     "meshd.api.admin",
     "meshd.cache.commanding",
+    "meshd.cache.offering",
     "meshd.cache.service",
     "meshd.peers.lan.discovery",
     "meshd.peers.mesh",
