@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import struct
-from typing import Final
+from typing import Any, Final
 
 MAX_KEPT_BYTES: Final = 4 << 20
 """Of all names and strings that are kept; decoded they may take four times as much."""
@@ -20,8 +20,8 @@ U32: Final = struct.Struct("<I")
 U64: Final = struct.Struct("<Q")
 
 Walks = dict[int, tuple[int, int]]
-"""How far arrays of strings were walked over before bytes ran out: (strings left, offset of the
-next one) by the offset of the first."""
+"""How far long arrays of strings were walked over: (strings left, offset of the next one) by the
+offset of the first."""
 
 
 class GgufError(ValueError):
@@ -75,20 +75,19 @@ class Cursor:
         self.reach(self.at + count)
         self.at += count
 
-    def u32(self) -> int:
+    def unpack(self, form: struct.Struct) -> tuple[Any, ...]:
         at = self.at
-        if (end := at + 4) > self.end:
+        if (end := at + form.size) > self.end:
             self.reach(end)
         self.at = end
-        value: int = U32.unpack_from(self.buffer, at)[0]
+        return form.unpack_from(self.buffer, at)
+
+    def u32(self) -> int:
+        value: int = self.unpack(U32)[0]
         return value
 
     def u64(self) -> int:
-        at = self.at
-        if (end := at + 8) > self.end:
-            self.reach(end)
-        self.at = end
-        value: int = U64.unpack_from(self.buffer, at)[0]
+        value: int = self.unpack(U64)[0]
         return value
 
     def string(self, limit: int) -> str | None:
@@ -119,9 +118,9 @@ class Cursor:
                 else:
                     self._walk(block)
                 left -= block
-        except NeedMore:
-            self.walks[start] = (left, self.at)
-            raise
+        finally:
+            if count >= LONG_ARRAY:
+                self.walks[start] = (left, self.at)
 
     def _walk(self, count: int) -> None:
         buffer, at, end, unpack = self.buffer, self.at, self.end, U64.unpack_from

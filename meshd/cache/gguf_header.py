@@ -9,8 +9,10 @@ a few times the bytes it is given.
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -38,8 +40,7 @@ class ArrayLength:
     items: int
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     name: str
     dimensions: tuple[int, ...]
     type: str
@@ -101,8 +102,8 @@ class GgufHeader:
 def parse_header(prefix: bytes, file_bytes: int, walks: Walks | None = None) -> GgufHeader:
     """The header of a file of `file_bytes` bytes that starts with `prefix`.
 
-    `walks`: empty at first and given again with a longer prefix, it saves walking over long arrays
-    anew.
+    `walks`: given again with a longer prefix, or with the same file later, it saves walking over
+    long arrays anew; filled here.
 
     Raises NeedMore if `prefix` ends inside the header, GgufError if the header is wrong: other
     magic or version, absurd counts, truncated, a tensor of unknown type, outside the file,
@@ -167,8 +168,7 @@ def _metadata(cursor: Cursor, count: int) -> dict[str, Scalar | ArrayLength]:
         elif kind == _ARRAY:
             found[key] = _array(cursor, key)
         elif kind in _FIXED:
-            form = _FIXED[kind]
-            found[key] = form.unpack(cursor.take(form.size))[0]
+            found[key] = cursor.unpack(_FIXED[kind])[0]
         else:
             raise GgufError(f"metadata {key!r} has the unknown type {kind}")
     return found
@@ -201,7 +201,7 @@ def _raw_tensor(cursor: Cursor) -> _RawTensor:
     count = cursor.u32()
     if count > MAX_DIMENSIONS:
         raise GgufError(f"tensor {name!r} has {count} dimensions, more than {MAX_DIMENSIONS}")
-    *dimensions, kind, offset = _EXTENTS[count].unpack(cursor.take(_EXTENTS[count].size))
+    *dimensions, kind, offset = cursor.unpack(_EXTENTS[count])
     return _RawTensor(name, tuple(dimensions), kind, offset)
 
 
@@ -235,13 +235,11 @@ def _placed(raw: _RawTensor, data_offset: int, alignment: int, file_bytes: int) 
 
 
 def _check_distinct(tensors: tuple[TensorInfo, ...]) -> None:
-    names: set[str] = set()
-    for tensor in tensors:
-        if tensor.name in names:
-            raise GgufError(f"tensor {tensor.name!r} stands twice")
-        names.add(tensor.name)
+    if len({tensor.name for tensor in tensors}) < len(tensors):
+        times = Counter(tensor.name for tensor in tensors)
+        raise GgufError(f"tensor {times.most_common(1)[0][0]!r} stands twice")
     previous: TensorInfo | None = None
-    for tensor in sorted(tensors, key=lambda t: (t.offset, t.size)):
+    for tensor in sorted(tensors, key=attrgetter("offset", "size")):
         if previous is not None and tensor.offset < previous.offset + previous.size:
             raise GgufError(f"tensors {previous.name!r} and {tensor.name!r} overlap")
         previous = tensor

@@ -10,19 +10,20 @@ import errno
 import fcntl
 import os
 import stat
-import threading
 import time
-from collections import OrderedDict
 from pathlib import Path
 from typing import Final
 
-from meshd.cache.facts import FileFacts, is_settled
+from meshd.cache.facts import FileFacts
 from meshd.cache.gguf_cursor import GgufError, GgufTruncated, NeedMore, Walks
 from meshd.cache.gguf_header import GgufHeader, parse_header
+from meshd.cache.headers import Headers
 from meshd.cache.ledger import facts_of_open
 from meshd.cache.places import Places
 from meshd.cache.verdict import Expected, Fault, Observation
 from meshd.sizes import format_size
+
+__all__ = ["Headers", "explain_missing", "is_locked", "observe"]
 
 FIRST_READ_BYTES: Final = 16 * 1024
 """All of the header of a later shard."""
@@ -30,41 +31,6 @@ GROWTH: Final = 4
 """How much more is read at least when that was not enough: each time costs another parsing."""
 MAX_HEADER_BYTES: Final = 32 * 1024 * 1024
 """Vocabularies of a quarter million tokens with their merges need about 13 MB."""
-MAX_KEPT_TENSORS: Final = 20_000
-"""Of all headers kept together, some 400 bytes each."""
-
-
-class Headers:
-    """Headers of files that did not change since they were parsed; bounded. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._kept: OrderedDict[str, tuple[FileFacts, GgufHeader]] = OrderedDict()
-        self._tensors = 0
-
-    def find(self, facts: FileFacts) -> GgufHeader | None:
-        with self._lock:
-            kept = self._kept.get(facts.real_path)
-            if kept is None or kept[0] != facts:
-                return None
-            self._kept.move_to_end(facts.real_path)
-            return kept[1]
-
-    def keep(self, facts: FileFacts, header: GgufHeader, *, read_from_ns: int) -> None:
-        """Keep it, unless the file is so new that a later write might not show."""
-        if not all(is_settled(at, read_from_ns) for at in (facts.mtime_ns, facts.ctime_ns)):
-            return
-        with self._lock:
-            self._drop(facts.real_path)
-            self._kept[facts.real_path] = (facts, header)
-            self._tensors += _weight(header)
-            while self._tensors > MAX_KEPT_TENSORS:
-                self._drop(next(iter(self._kept)))
-
-    def _drop(self, real_path: str) -> None:
-        kept = self._kept.pop(real_path, None)
-        if kept is not None:
-            self._tensors -= _weight(kept[1])
 
 
 def observe(path: Path | str, headers: Headers | None = None) -> Observation:
@@ -136,11 +102,11 @@ def _observe_open(path: str, fd: int, headers: Headers | None) -> Observation:
     if (problem := _foreign(start)) is not None:
         return Observation(path, facts, fault=Fault.FOREIGN, problem=problem)
     try:
-        header = _read_header(fd, start, facts.size)
+        header, walks = _read_header(fd, start, facts, headers)
     except _Damaged as damage:
         return Observation(path, facts, fault=damage.fault, problem=damage.problem)
     if headers is not None:
-        headers.keep(facts, header, read_from_ns=read_from_ns)
+        headers.keep(facts, header, walks, read_from_ns=read_from_ns)
     return Observation(path, facts, header)
 
 
@@ -151,18 +117,26 @@ class _Damaged(Exception):
         self.problem = problem
 
 
-def _read_header(fd: int, start: bytes, size: int) -> GgufHeader:
-    """Parse the header, reading on while the parser asks for more. Raises _Damaged."""
-    walks: Walks = {}
+def _read_header(
+    fd: int, start: bytes, facts: FileFacts, headers: Headers | None
+) -> tuple[GgufHeader, Walks]:
+    """Parse the header, reading on while the parser asks for more; it, and those of its walks that
+    were not known. Raises _Damaged."""
+    walks: Walks | None = None
+    known: Walks = {}
     while True:
         try:
-            return parse_header(start, size, walks)
+            header = parse_header(start, facts.size, walks)
+            return header, walks if walks is not None and walks != known else {}
         except GgufTruncated as error:
             raise _Damaged(Fault.SHORT, f"is cut off: {error}") from None
         except GgufError as error:
             raise _Damaged(Fault.CORRUPT, f"is damaged: {error}") from None
         except NeedMore as more:
             needed = more.size
+        if walks is None:
+            known = headers.find_walks(facts) if headers is not None else {}
+            walks = dict(known)
         if needed > MAX_HEADER_BYTES:
             raise _Damaged(Fault.CORRUPT, f"has a header of more than {MAX_HEADER_BYTES} bytes")
         wanted = min(max(needed, GROWTH * len(start)), MAX_HEADER_BYTES)
@@ -207,7 +181,3 @@ def _allocated(path: Path) -> int:
         return path.stat().st_blocks * 512
     except OSError:
         return 0
-
-
-def _weight(header: GgufHeader) -> int:
-    return 1 + len(header.tensors) + len(header.metadata)

@@ -54,6 +54,11 @@ class Places:
     def ledger(self) -> Path:
         return self.state / "ledger"
 
+    @property
+    def headers(self) -> Path:
+        """Where long arrays in headers end."""
+        return self.state / "headers"
+
     def chunk_hashes(self, sha256: str) -> Path:
         """The sha256 of every chunk of the file with that sha256, 32 bytes each, in order."""
         return self.state / "chunks" / sha256

@@ -13,9 +13,10 @@ from typing import Final
 
 from meshd.cache import builtin
 from meshd.cache.gguf_header import GgufHeader
+from meshd.cache.headers import Headers
 from meshd.cache.ledger import Ledger
 from meshd.cache.manifest import MAX_SHARDS, Manifest, set_digest
-from meshd.cache.observe import Headers, explain_missing, observe
+from meshd.cache.observe import explain_missing, observe
 from meshd.cache.pairing import best_pair, pairs
 from meshd.cache.places import Places
 from meshd.cache.references import SHARD, BuiltinRef, FileRef, model_id, parse_ref

@@ -8,23 +8,20 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 import tracemalloc
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from meshd.cache import observe as observing
-from meshd.cache.facts import FileFacts
-from meshd.cache.gguf_header import MAX_TENSORS, GgufHeader, parse_header
+from meshd.cache.gguf_header import MAX_TENSORS
+from meshd.cache.headers import Headers
 from meshd.cache.ledger import Ledger, facts_of
 from meshd.cache.manifest import Manifest, Shard
-from meshd.cache.observe import MAX_HEADER_BYTES, Headers, is_locked, observe
+from meshd.cache.observe import MAX_HEADER_BYTES, is_locked, observe
 from meshd.cache.places import Places
 from meshd.cache.verdict import Fault, Observation
 from meshd.cache.weights import local_set, look, look_at, to_weights
@@ -229,74 +226,7 @@ def test_only_an_ok_set_of_the_hub_becomes_weights(cache: HubCache, model: bytes
     assert to_weights(ModelId("m"), str(cache.link), verdict).digest is None
 
 
-# -- headers are kept -----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def parses(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One item for every header that was parsed."""
-    counted: list[int] = []
-
-    def counting(*args: Any) -> GgufHeader:
-        counted.append(1)
-        return parse_header(*args)
-
-    monkeypatch.setattr(observing, "parse_header", counting)
-    return counted
-
-
-def test_a_header_is_found_while_nothing_changed(file: Path) -> None:
-    headers = Headers()
-    kept = FileFacts("/m", 1, 1, 1, 1)
-    header = observe(file).header
-    assert header is not None
-    headers.keep(kept, header, read_from_ns=time.time_ns())
-    assert headers.find(kept) is header
-    assert headers.find(replace(kept, mtime_ns=2)) is None
-    assert headers.find(replace(kept, ctime_ns=2)) is None
-    assert headers.find(replace(kept, size=2)) is None
-    assert headers.find(replace(kept, inode=2)) is None
-
-
-def test_an_unchanged_file_is_parsed_once(
-    file: Path, parses: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(observing, "is_settled", lambda *_: True)
-    headers = Headers()
-    first = observe(file, headers)
-    parses.clear()
-    assert observe(file, headers) == first
-    assert not parses
-    file.write_bytes(file.read_bytes() + b"more")
-    assert observe(file, headers).header == first.header
-    assert parses
-
-
-def test_a_new_file_is_parsed_every_time(file: Path, parses: list[int]) -> None:
-    """Of a file written just now a header kept could be that of other bytes."""
-    headers = Headers()
-    second_ns = 1_000_000_000
-    os.utime(file, ns=(time.time_ns() // second_ns * second_ns,) * 2)
-    observe(file, headers)
-    parses.clear()
-    observe(file, headers)
-    assert parses
-
-
-def test_headers_kept_are_bounded(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    header = observe(file).header
-    assert header is not None
-    size = 1 + len(header.tensors) + len(header.metadata)
-    monkeypatch.setattr(observing, "MAX_KEPT_TENSORS", 3 * size)
-    headers = Headers()
-    facts = [FileFacts(f"/{number}", 1, 1, number, 1) for number in range(4)]
-    for one in facts[:3]:
-        headers.keep(one, header, read_from_ns=time.time_ns())
-    assert headers.find(facts[0]) is header  # used last, so it stays
-    headers.keep(facts[3], header, read_from_ns=time.time_ns())
-    assert [headers.find(one) is not None for one in facts] == [True, False, True, True]
-    headers.keep(facts[3], header, read_from_ns=time.time_ns())
-    assert headers.find(facts[0]) is header
+# -- sets -----------------------------------------------------------------------------------------
 
 
 def test_a_set_is_looked_at(tmp_path: Path) -> None:

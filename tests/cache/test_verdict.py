@@ -162,7 +162,7 @@ def test_out_of_step() -> None:
 
 def test_tensors_of_a_set() -> None:
     more = header(1, 2)
-    twice = replace(more, tensors=(replace(more.tensors[0], name="t0"),))
+    twice = replace(more, tensors=(more.tensors[0]._replace(name="t0"),))
     verdict = judge_set(whole(0, 2), replace(whole(1, 2), header=twice))
     assert verdict.worst.problem == "holds tensor 't0', which shard 1 holds too"
     none = replace(more, tensors=())
