@@ -33,15 +33,17 @@ class CacheAccess:
 
     def ask(self, command: str, **body: Any) -> dict[str, Any]:
         """The answer to `ls`, `rm` or `prune`. Raises MeshdError."""
+        answer: dict[str, Any]
         with contextlib.suppress(DaemonNotRunning):
-            answer: dict[str, Any] = self._daemon.post(f"/cache/{command}", body)
+            answer = self._daemon.post(f"/cache/{command}", body)
             return answer
 
         async def own(commands: CacheCommands) -> dict[str, Any]:
             asked: Coroutine[Any, Any, dict[str, Any]] = getattr(commands, command)(**body)
             return await asked
 
-        return self._run(own)
+        answer = self._run(own)
+        return answer
 
     def watch(self, command: str, sink: Callable[[Event], None], **body: Any) -> None:
         """Give `sink` the events of `pull`, `verify` or `repair`. Raises MeshdError.
