@@ -124,6 +124,7 @@ def _read_header(
     were not known. Raises _Damaged."""
     walks: Walks | None = None
     known: Walks = {}
+    likely = 0
     while True:
         try:
             header = parse_header(start, facts.size, walks)
@@ -137,9 +138,10 @@ def _read_header(
         if walks is None:
             known = headers.find_walks(facts) if headers is not None else {}
             walks = dict(known)
+            likely = max((end for _, end in known.values()), default=0) + FIRST_READ_BYTES
         if needed > MAX_HEADER_BYTES:
             raise _Damaged(Fault.CORRUPT, f"has a header of more than {MAX_HEADER_BYTES} bytes")
-        wanted = min(max(needed, GROWTH * len(start)), MAX_HEADER_BYTES)
+        wanted = min(max(needed, likely, GROWTH * len(start)), MAX_HEADER_BYTES)
         # From the beginning, the old bytes gone first (the exception held them): one buffer is all
         # it ever takes.
         del start
