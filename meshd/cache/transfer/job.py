@@ -1,8 +1,8 @@
 """One file of a fetch, from its lock to its link. Blocking; its sources run in other threads.
 
 1. Hold the blob's lock; wait while another program has it.
-2. If the blob is there with the right sha256, only link it. If it is there and wrong, make it the
-   partial when own hashes tell which of its chunks are right, else set it aside.
+2. If the blob is there with the right sha256, only link it; else make the best of what there is
+   (`beginning`).
 3. Let sources bring what the plan wants, and hash what is there, in order, behind them.
 4. When the sha256 of the whole is right, land. When it is wrong, the plan says what to get again.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
 import random
 import threading
 import time
@@ -20,21 +19,22 @@ from typing import Final
 
 from meshd.cache import landing
 from meshd.cache.chunks import CHUNK_BYTES
-from meshd.cache.hashes import ChunkHashes, Stopped, damaged_chunks
-from meshd.cache.hashing import FileChanged, hash_file
-from meshd.cache.ledger import Ledger, facts_of
+from meshd.cache.hashes import Stopped, damaged_chunks
 from meshd.cache.locks import try_lock
 from meshd.cache.manifest import Manifest, Shard
 from meshd.cache.places import Places
+from meshd.cache.transfer.beginning import Beginning
 from meshd.cache.transfer.flights import Span
 from meshd.cache.transfer.partial import Partial
-from meshd.cache.transfer.plan import Decision, Plan
+from meshd.cache.transfer.plan import HUB, Decision, Plan
 from meshd.errors import (
     BrokenWeights,
     CacheUnwritable,
+    HubRefused,
     HubUnavailable,
     MeshdError,
     NoSpace,
+    PeerRefused,
 )
 
 POLL_S: Final = 0.5
@@ -184,11 +184,15 @@ class Job:
     # -- the file ---------------------------------------------------------------------------------
 
     def _bring_and_land(self) -> None:
-        if self._is_there():
+        beginning = self._beginning()
+        self.waits_for = f"looking at what is there of {self.shard.name}"
+        if beginning.is_there():
             landing.link(self._places, self._manifest, self.shard)
         else:
-            self._partial = self._begin()
+            self._partial = beginning.open_partial()
             try:
+                self._open_plan(beginning.own)
+                self.waits_for = None
                 self._bring()
                 self._land()
             finally:
@@ -197,63 +201,31 @@ class Job:
             self.done = True
             self._changed.notify_all()
 
-    def _is_there(self) -> bool:
-        """Whether the blob lies there and is right; if it is wrong, that is said."""
-        blob = self._places.blob(self._manifest.repo, self.shard.sha256)
-        ledger = Ledger(self._places.ledger)
-        try:
-            facts = facts_of(blob)
-        except OSError:
-            return False
-        if facts.size != self.shard.size:
-            self._say(f"{self.shard.name} has {facts.size} bytes, not {self.shard.size}")
-            return False
-        if not self._damaged and ledger.known(facts) == self.shard.sha256:
-            return True
-        if self._damaged and self._own_hashes() is not None:
-            return False  # its good chunks are found faster than its hash
-        self.waits_for = f"hashing {self.shard.name}"
-        try:
-            hashed = hash_file(blob, stop=self._stopped)
-        except FileChanged:
-            return False
-        self.waits_for = None
-        if hashed.sha256 != self.shard.sha256:
-            self._say(f"{self.shard.name} has the sha256 {hashed.sha256}, not its own")
-            return False
-        ledger.record(hashed.facts, hashed.sha256, read_from_ns=hashed.read_from_ns)
-        if hashed.chunk_hashes is not None:
-            ChunkHashes(self._places).save(hashed.sha256, hashed.chunk_hashes)
-        return True
+    def _beginning(self) -> Beginning:
+        return Beginning(
+            self._places,
+            self._manifest.repo,
+            self.shard,
+            damaged=self._damaged,
+            stop=self._stopped,
+            say=self._say,
+        )
 
-    def _begin(self) -> Partial:
-        """Open the partial and the plan."""
-        places, repo, sha256 = self._places, self._manifest.repo, self.shard.sha256
-        blob, own = places.blob(repo, sha256), self._own_hashes()
-        usable = blob.is_file() and not blob.is_symlink() and own is not None
-        if usable and own is not None and not places.partial(repo, sha256).exists():
-            partial = Partial.from_damaged(places, repo, self.shard, own)
-            self._say(f"mending {self.shard.name}: {len(partial.there)} of its chunks are right")
-        else:
-            if os.path.lexists(blob):
-                aside = landing.set_aside(places, repo, sha256)
-                self._say(f"set {self.shard.name} aside as {aside}")
-            partial = Partial.open(places, repo, self.shard, own=own)
+    def _open_plan(self, own: bytes | None) -> None:
         plan = Plan(
             self.shard.size,
             self._sources,
             streams=self._streams,
             own=own,
-            there=partial.there,
+            there=self._partial.there,
             lot=random.randrange(1 << 30),
         )
-        partial.forget(plan.take_dropped())
+        self._partial.forget(plan.take_dropped())
         with self._changed:
             for source, why in self._why_left.items():
                 plan.gone(source, why.message)
             self._plan = plan
             self._changed.notify_all()
-        return partial
 
     def _bring(self) -> None:
         """Until all of it is there and right."""
@@ -272,7 +244,7 @@ class Job:
                     + (f"{len(torn)} chunks are not as they came" if torn else "fetching again")
                 )
                 if plan.whole_failed(torn):
-                    self._start_anew()
+                    self._partial = self._beginning().start_anew(self._partial)
                 self._follow()
                 self._mind_failure()
 
@@ -331,30 +303,26 @@ class Job:
         """After anything that may have changed the plan's mind."""
         if self._closed:
             return
-        dropped = self._the_plan().take_dropped()
+        plan = self._the_plan()
+        for source, reason in plan.why_out().items():
+            if source not in self._why_left:
+                why = PeerRefused(reason, reason="banned")
+                self._why_left[source] = why
+                self._say(f"{source} is not asked for {self.shard.name} any more: it {reason}")
+        dropped = plan.take_dropped()
         self._partial.forget(dropped)
         self._rewound = self._rewound or any(index <= self._hashed for index in dropped)
         self._changed.notify_all()
 
-    def _start_anew(self) -> None:
-        """Keep what was got so far out of the way, unless something is kept there already."""
-        places, repo, sha256 = self._places, self._manifest.repo, self.shard.sha256
-        aside = landing.set_aside_path(places, repo, sha256)
-        if not aside.exists():
-            self._partial.close()
-            self._partial.path.replace(aside)
-            self._partial = Partial.open(places, repo, self.shard, own=None)
-
     def _close(self) -> None:
         """Let no source write any more, then close the files: their descriptors may become those
         of others."""
-        plan = self._the_plan()
         with self._changed:
             self._closed = True
-            plan.abandon()
-            self._changed.notify_all()
-            while plan.storing:
-                self._changed.wait(POLL_S)
+            if self._plan is not None:
+                self._plan.abandon()
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: not self._the_plan().storing)
         self._partial.close()
 
     def _digests(self) -> bytes:
@@ -366,9 +334,6 @@ class Job:
     def _the_plan(self) -> Plan:
         assert self._plan is not None, "sources and hashing begin when there is a plan"
         return self._plan
-
-    def _own_hashes(self) -> bytes | None:
-        return ChunkHashes(self._places).load(self.shard.sha256, self.shard.size)
 
     def _mind_stop(self) -> None:
         if self._stopped():
@@ -382,16 +347,18 @@ class Job:
         self._follow()
         if reason is None:
             return
-        left = [why for why in self._why_left.values() if not why.retryable]
-        sources = "; ".join(f"{name}: {why}" for name, why in plan.why_out().items())
-        name = self.shard.name
-        if plan.missing_bytes == 0 or not sources:
+        name, out = self.shard.name, plan.why_out()
+        if plan.complete or not out:
             path = self._partial.path
             raise BrokenWeights(f"{name} ({path}): {reason}", path=str(path))
-        if left and len(sources) and set(plan.why_out()) == {"hub"}:
-            raise left[0]
+        refused = self._why_left.get(HUB)
+        if isinstance(refused, HubRefused) and len(out) == 1:
+            raise refused
+        words = f"{name}: {reason} ({'; '.join(f'{who}: {why}' for who, why in out.items())})"
+        if isinstance(refused, HubRefused):
+            raise HubRefused(words)
         retry = max((why.retry_after_s or 0.0 for why in self._why_left.values()), default=0.0)
-        raise HubUnavailable(f"{name}: {reason} ({sources})", retry_after_s=retry or None)
+        raise HubUnavailable(words, retry_after_s=retry or None)
 
     def _disk_trouble(self, error: OSError) -> MeshdError:
         name = error.filename or self._places.repo(self._manifest.repo)

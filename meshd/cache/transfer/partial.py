@@ -19,12 +19,12 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final, Self
 
 from meshd.cache.chunks import CHUNK_BYTES, HASH_BYTES, chunk_count, chunk_span
-from meshd.cache.hashes import damaged_chunks, read_fully
+from meshd.cache.hashes import Stopped, damaged_chunks, read_fully
 from meshd.cache.manifest import Shard
 from meshd.cache.places import Places
 
@@ -33,7 +33,13 @@ HEADER_BYTES: Final = 64
 QUIET_S: Final = 60.0
 """Another program's partial that was not written for so long is nobody's any more."""
 
+Stop = Callable[[], bool]
+
 _EMPTY = bytes(HASH_BYTES)
+
+
+def _never() -> bool:
+    return False
 
 
 class Partial:
@@ -49,10 +55,12 @@ class Partial:
         self._journal = os.open(journal, os.O_RDWR | os.O_CLOEXEC)
 
     @classmethod
-    def open(cls, places: Places, repo: str, shard: Shard, *, own: bytes | None) -> Self:
+    def open(
+        cls, places: Places, repo: str, shard: Shard, *, own: bytes | None, stop: Stop = _never
+    ) -> Self:
         """Go on with what is there: a partial of ours, else what another program left of the file,
         else nothing. `own`: hashes of its chunks, if this machine knows them. The blob's lock must
-        be held. Raises OSError."""
+        be held. Raises OSError, Stopped."""
         path, journal = places.partial(repo, shard.sha256), places.journal(shard.sha256)
         path.parent.mkdir(parents=True, exist_ok=True)
         journal.parent.mkdir(parents=True, exist_ok=True)
@@ -63,21 +71,23 @@ class Partial:
         if not _is_regular(path):
             path.unlink(missing_ok=True)
             _adopt(path, shard.sha256)
-        there = _make_full(path, shard.size, own)
+        there = _make_full(path, shard.size, own, stop)
         _write_journal(journal, shard.size, there)
         return cls(path, journal, shard.size, there)
 
     @classmethod
-    def from_damaged(cls, places: Places, repo: str, shard: Shard, own: bytes) -> Self:
+    def from_damaged(
+        cls, places: Places, repo: str, shard: Shard, own: bytes, *, stop: Stop = _never
+    ) -> Self:
         """Make the damaged blob itself the partial, with those of its chunks that are right by the
-        `own` hashes. The blob's lock must be held. Raises OSError."""
+        `own` hashes. The blob's lock must be held. Raises OSError, Stopped."""
         path, journal = places.partial(repo, shard.sha256), places.journal(shard.sha256)
         journal.parent.mkdir(parents=True, exist_ok=True)
         journal.unlink(missing_ok=True)
         blob = places.blob(repo, shard.sha256)
         blob.replace(path)
         path.chmod(path.stat().st_mode | stat.S_IWUSR | stat.S_IRUSR)
-        there = _make_full(path, shard.size, own)
+        there = _make_full(path, shard.size, own, stop)
         _write_journal(journal, shard.size, there)
         return cls(path, journal, shard.size, there)
 
@@ -182,7 +192,7 @@ def _is_partial(path: Path, size: int) -> bool:
     return _is_regular(path) and path.lstat().st_size == size
 
 
-def _make_full(path: Path, size: int, own: bytes | None) -> dict[int, bytes]:
+def _make_full(path: Path, size: int, own: bytes | None, stop: Stop) -> dict[int, bytes]:
     """Give the file at `path`, made if need be, its full size. Which chunks of it are worth
     keeping: those that are right by the `own` hashes; without any, those before the first hole,
     unchecked. With the hash each has now."""
@@ -191,7 +201,7 @@ def _make_full(path: Path, size: int, own: bytes | None) -> dict[int, bytes]:
         filled = min(_first_hole(fd), size)
         os.ftruncate(fd, size)
         if own is not None and filled:
-            wrong = set(damaged_chunks(path, own))
+            wrong = set(damaged_chunks(path, own, stop))
             return {
                 index: own[index * HASH_BYTES : (index + 1) * HASH_BYTES]
                 for index in range(chunk_count(size))
@@ -199,7 +209,12 @@ def _make_full(path: Path, size: int, own: bytes | None) -> dict[int, bytes]:
             }
         whole = chunk_count(size) if filled == size else filled // CHUNK_BYTES
         buffer = memoryview(bytearray(CHUNK_BYTES))
-        return {index: _hash_chunk(fd, index, size, buffer) for index in range(whole)}
+        found = {}
+        for index in range(whole):
+            if stop():
+                raise Stopped
+            found[index] = _hash_chunk(fd, index, size, buffer)
+        return found
     finally:
         os.close(fd)
 

@@ -17,7 +17,9 @@ The rules, by the numbers that stand in the code:
    discredited (5) and what did not come from the hub is wanted again; peers that brought anything
    are banned and what did not come from the hub is wanted again; once, everything is wanted again.
    Then the file has failed.
-7. When no source can bring what is missing, a dissenter's list is believed if there is one, else
+7. Peers go first. The hub is asked when all of them have said what they have, or `HEAD_START_S`
+   after the start; when so little is missing that a peer brings it at once, `MENDING_S` after it.
+8. When no source can bring what is missing, a dissenter's list is believed if there is one, else
    the file has failed.
 
 Whatever comes, in any order, a plan ends complete or failed: each step back uses up a source, a
@@ -31,12 +33,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from meshd.cache.chunks import CHUNK_BYTES, chunk_count, chunk_span
+from meshd.cache.chunks import CHUNK_BYTES, chunk_count
 from meshd.cache.transfer.flights import Flights, Span
+from meshd.cache.transfer.holdings import Holdings
 from meshd.cache.transfer.jury import Jury
 
 HUB: Final = "hub"
 BEFORE: Final = ""
+HEAD_START_S: Final = 1.0
+MENDING_S: Final = 3.0
 HUB_SPAN: Final = 64 * 1024 * 1024 // CHUNK_BYTES
 """Chunks the hub is asked for at once: a request costs it more than a peer."""
 PEER_SPAN: Final = 4
@@ -80,50 +85,46 @@ class Plan:
         lie on disk, and the hash they had when they came. `lot`: any number; when some peers are
         on their way to the same file, the hub is asked from there on, so that all have something
         to give."""
-        self.size = size
         self.chunks = chunk_count(size)
+        self._holdings = Holdings(size)
         self._sources = {name: _Source() for name in sources}
         self._jury = Jury(self.chunks, own)
         self._flights = Flights(self.chunks, streams)
         self._lot = lot % self.chunks
         self._hub_start = 0
-        self._have = bytearray(self.chunks)
-        self._digests: dict[int, bytes] = {}
-        self._brought_by: dict[int, str] = {}
-        self._storing: dict[int, tuple[str, bytes]] = {}
+        self._begun_at: float | None = None
+        """When work was first asked for."""
         self._accounts: dict[int, list[bytes]] = {}
         """Chunks about which the hub and the believed list differ: what the hub said (rule 4)."""
-        self._dropped: list[int] = []
         self._torn = 0
         self._anew = False
         self.failure: str | None = None
         for index, digest in (there or {}).items():
             self._take(index, BEFORE, digest)
         self._recheck()
+        self._is_little = self.missing_bytes <= PEER_SPAN * CHUNK_BYTES
 
     # -- what is known ------------------------------------------------------------------------
 
     @property
     def complete(self) -> bool:
         """Every chunk is on disk; the hash of the whole may still say no."""
-        return self._have.find(0) < 0
+        return self._holdings.complete
 
     def has(self, index: int) -> bool:
-        return bool(self._have[index])
+        return index in self._holdings
 
     def digest(self, index: int) -> bytes:
         """The hash the chunk had when it came."""
-        return self._digests[index]
+        return self._holdings.digest(index)
 
     def came_before(self, index: int) -> bool:
         """Whether it was on disk already."""
-        return self._brought_by.get(index) == BEFORE
+        return self._holdings.brought_by(index) == BEFORE
 
     @property
     def missing_bytes(self) -> int:
-        missing = self._have.count(0) * CHUNK_BYTES
-        last = self.chunks - 1
-        return missing - (0 if self._have[last] else CHUNK_BYTES - chunk_span(last, self.size)[1])
+        return self._holdings.missing_bytes
 
     def usable(self, source: str) -> bool:
         """Whether `source` may still bring something, now or later."""
@@ -136,7 +137,7 @@ class Plan:
     @property
     def storing(self) -> bool:
         """Some chunk is being written."""
-        return bool(self._storing)
+        return self._holdings.storing
 
     def why_out(self) -> dict[str, str]:
         """Sources that bring nothing more, and why."""
@@ -144,8 +145,7 @@ class Plan:
 
     def take_dropped(self) -> tuple[int, ...]:
         """Chunks that were there and no longer count, since the last call."""
-        dropped, self._dropped = tuple(self._dropped), []
-        return dropped
+        return self._holdings.take_dropped()
 
     # -- sources ------------------------------------------------------------------------------
 
@@ -180,9 +180,11 @@ class Plan:
 
     def next(self, source: str, now: float) -> Span | None:
         """What `source` should bring now; None if nobody needs to bring what it has."""
-        if not self._may_bring(source):
-            return None
+        if self._begun_at is None:
+            self._begun_at = now
         hub = source == HUB
+        if not self._may_bring(source) or (hub and now < self._hub_from(self._begun_at)):
+            return None
         return self._flights.next(
             source,
             self._allowed(source),
@@ -204,7 +206,7 @@ class Plan:
     def finished(self, token: int) -> None:
         """The span came to its end, whether all of it came or not."""
         rest = self._flights.end(token)
-        self._flights.want(i for i in rest if self._is_missing(i))
+        self._flights.want(i for i in rest if self._holdings.is_missing(i))
 
     def arrived(self, token: int, index: int, digest: bytes, now: float) -> Decision:
         """A chunk of the span came, and hashes to `digest`."""
@@ -213,11 +215,11 @@ class Plan:
         if self._sources[source].banned:
             self._want_again(index)
             return Decision.BANNED
-        if self._have[index] or index in self._storing or self.failure is not None:
+        if not self._holdings.is_missing(index) or self.failure is not None:
             return Decision.DISCARD
         decision = self._judge(source, index, digest)
         if decision is Decision.STORE:
-            self._storing[index] = (source, digest)
+            self._holdings.begin_storing(index, source, digest)
             self._flights.got((index,))
         else:
             self._want_again(index)
@@ -225,7 +227,7 @@ class Plan:
 
     def stored(self, index: int) -> None:
         """A chunk that was to be stored is on disk. It counts unless its source fell meanwhile."""
-        source, digest = self._storing.pop(index)
+        source, digest = self._holdings.end_storing(index)
         self._take(index, source, digest)
         expected = self._jury.expected(index)
         if self._sources[source].banned or (expected is not None and expected != digest):
@@ -233,7 +235,7 @@ class Plan:
 
     def not_stored(self, index: int) -> None:
         """Writing it failed."""
-        del self._storing[index]
+        self._holdings.end_storing(index)
         self._want_again(index)
 
     # -- the end ------------------------------------------------------------------------------
@@ -246,9 +248,9 @@ class Plan:
         if self._jury.believed is not None:
             self._overthrow()
         else:
-            for name in {by for by in self._brought_by.values() if by not in (HUB, BEFORE)}:
+            for name in {by for _, by, _ in self._holdings if by not in (HUB, BEFORE)}:
                 self._ban(name, "brought chunks of a file whose sha256 was wrong")
-        for index, by in tuple(self._brought_by.items()):
+        for index, by, _ in self._holdings:
             if by != HUB:
                 self._drop(index)
         if not self.complete:
@@ -265,10 +267,10 @@ class Plan:
 
     def torn(self, indices: Iterable[int]) -> bool:
         """These are on disk otherwise than they came. False if there are none."""
-        lost = [index for index in indices if self._have[index]]
+        lost = [index for index in indices if index in self._holdings]
         if not lost:
             return False
-        if any(self._brought_by[index] != BEFORE for index in lost):
+        if any(self._holdings.brought_by(index) != BEFORE for index in lost):
             self._torn += 1
         if self._torn > MAX_TORN:
             self.failure = "the disk does not keep what is written to it"
@@ -283,7 +285,7 @@ class Plan:
     def settle(self) -> str | None:
         """Whether anything is left to wait for: None, or why the file has failed (rule 7). A peer
         that has only parts may come to have more; it is for its reader to say `gone`."""
-        if self.failure or self.complete or self._flights.under_way or self._storing:
+        if self.failure or self.complete or self._flights.under_way or self.storing:
             return self.failure
         while not any(self._may_bring(name) or self.is_new(name) for name in self._sources):
             if not any(self._waits(name) for name in self._sources):
@@ -327,18 +329,18 @@ class Plan:
         """The believed list lies (rule 5)."""
         for name in self._jury.discredit():
             self._ban(name, "promised bytes that the file does not consist of")
-        for index, by in tuple(self._brought_by.items()):
+        for index, by, _ in self._holdings:
             if by not in (HUB, BEFORE) and self._sources[by].banned:
                 self._drop(index)
         self._recheck()
 
     def _recheck(self) -> None:
         """Hold what is there against a list that came to be believed (rules 4 and 5)."""
-        for index, digest in tuple(self._digests.items()):
+        for index, by, digest in self._holdings:
             expected = self._jury.expected(index)
             if expected is None or expected == digest:
                 continue
-            if self._brought_by[index] == HUB:
+            if by == HUB:
                 self._accounts.setdefault(index, []).append(digest)
             self._drop(index)
 
@@ -354,32 +356,34 @@ class Plan:
     # -- chunks -------------------------------------------------------------------------------
 
     def _take(self, index: int, source: str, digest: bytes) -> None:
-        self._have[index] = 1
-        self._digests[index] = digest
-        self._brought_by[index] = source
+        self._holdings.take(index, source, digest)
         self._accounts.pop(index, None)
         self._flights.got((index,))
 
     def _drop(self, index: int) -> None:
-        if not self._have[index]:
-            return
-        self._have[index] = 0
-        del self._digests[index], self._brought_by[index]
-        self._dropped.append(index)
-        self._flights.want((index,))
-
-    def _want_again(self, index: int) -> None:
-        if self._is_missing(index):
+        if self._holdings.drop(index):
             self._flights.want((index,))
 
-    def _is_missing(self, index: int) -> bool:
-        return not self._have[index] and index not in self._storing
+    def _want_again(self, index: int) -> None:
+        if self._holdings.is_missing(index):
+            self._flights.want((index,))
 
     # -- who may ------------------------------------------------------------------------------
 
     def _may_bring(self, source: str) -> bool:
         known = source == HUB or self._sources[source].asked
         return known and self.usable(source) and not self._jury.dissents(source)
+
+    def _hub_from(self, begun_at: float) -> float:
+        """When the hub may be asked (rule 7)."""
+        peers = [name for name in self._sources if name != HUB and self.usable(name)]
+        if self._is_little and any(
+            self._may_bring(name) and self._sources[name].has is None for name in peers
+        ):
+            return begun_at + MENDING_S
+        if any(self.is_new(name) for name in peers):
+            return begun_at + HEAD_START_S
+        return begun_at
 
     def _waits(self, source: str) -> bool:
         """It has something to bring, and is not believed."""

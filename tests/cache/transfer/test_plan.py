@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 
 from meshd.cache.chunks import CHUNK_BYTES
 from meshd.cache.transfer.flights import PATIENCE_S, YOUNG_S
-from meshd.cache.transfer.plan import BEFORE, HUB, HUB_SPAN, MAX_ACCOUNTS, PEER_SPAN, Decision, Plan
+from meshd.cache.transfer.plan import (
+    BEFORE,
+    HEAD_START_S,
+    HUB,
+    HUB_SPAN,
+    MAX_ACCOUNTS,
+    MENDING_S,
+    PEER_SPAN,
+    Decision,
+    Plan,
+)
 
 SIZE = 10 * CHUNK_BYTES - 5
 
@@ -34,6 +44,7 @@ def bits(*indices: int) -> bytes:
 
 
 def plan_for(*sources: str, **arguments: object) -> Plan:
+    """The hub has been waiting for long enough."""
     plan = Plan(SIZE, sources, **arguments)  # type: ignore[arg-type]
     if HUB in sources:
         plan.offered(HUB, None, None)
@@ -73,7 +84,6 @@ def test_the_hub_alone_brings_everything_in_order() -> None:
 
 def test_spans_are_as_long_as_their_source_likes() -> None:
     plan = Plan(1000 * CHUNK_BYTES, (HUB, "a"), streams=2)
-    assert plan.next("a", 0.0) is None, "it has not said what it has"
     plan.offered("a", None, None)
     hub, peer = plan.next(HUB, 0.0), plan.next("a", 0.0)
     assert hub is not None
@@ -213,7 +223,7 @@ def test_rule_6_torn_chunks_are_brought_again_a_few_times() -> None:
 
 
 def test_rule_6_a_believed_list_falls_and_the_hubs_chunks_stay() -> None:
-    plan = plan_for(HUB, "a", "b")
+    plan = plan_for(HUB, "a")
     plan.offered("a", None, list_of(10))
     assert bring(plan, HUB, 0) is Decision.STORE
     bring_all(plan, "a")
@@ -234,7 +244,30 @@ def test_rule_6_then_everything_once_and_then_the_end() -> None:
     assert plan.next(HUB, 0.0) is None
 
 
-def test_rule_7_a_minority_is_believed_when_nobody_else_is_left() -> None:
+def test_rule_7_peers_go_first() -> None:
+    plan = plan_for(HUB, "a", "b")
+    assert plan.next("a", 0.0) is None, "it has not said what it has"
+    plan.offered("a", None, None)
+    assert plan.next(HUB, HEAD_START_S / 2) is None
+    plan.gone("b", "not here")
+    assert plan.next(HUB, HEAD_START_S / 2) is not None
+    plan = plan_for(HUB, "a")
+    assert plan.next(HUB, 0.0) is None
+    assert plan.next(HUB, HEAD_START_S) is not None
+
+
+def test_rule_7_a_little_is_left_to_a_peer_that_has_all() -> None:
+    there = {index: right(index) for index in range(9)}
+    plan = plan_for(HUB, "a", there=there)
+    plan.offered("a", None, None)
+    assert plan.next(HUB, HEAD_START_S) is None
+    assert plan.next(HUB, HEAD_START_S + MENDING_S) is not None
+    plan = plan_for(HUB, "a", there=there)
+    plan.offered("a", bits(9), None)
+    assert plan.next(HUB, 0.0) is not None
+
+
+def test_rule_8_a_minority_is_believed_when_nobody_else_is_left() -> None:
     plan = plan_for("a", "b", "c")
     for name in ("a", "b"):
         plan.offered(name, None, list_of(10, "lost"))
@@ -246,7 +279,7 @@ def test_rule_7_a_minority_is_believed_when_nobody_else_is_left() -> None:
     assert plan.complete
 
 
-def test_rule_7_without_sources_the_file_has_failed() -> None:
+def test_rule_8_without_sources_the_file_has_failed() -> None:
     plan = plan_for("a")
     plan.gone("a", "died")
     assert plan.settle() == "nobody can bring what is missing"
@@ -281,11 +314,11 @@ def test_what_a_peer_turns_out_to_lack_is_not_asked_of_it_again() -> None:
 
 
 def test_an_idle_source_takes_half_of_what_a_slow_one_has() -> None:
-    plan = Plan(4 * CHUNK_BYTES, (HUB, "a"))
+    plan = Plan(5 * CHUNK_BYTES, (HUB, "a"))
     plan.offered("a", None, None)
     taken, rest = plan.next(HUB, 0.0), plan.next("a", 0.0)
     assert taken is not None
-    assert (taken.first, taken.count) == (0, 2)
+    assert (taken.first, taken.count) == (0, 3)
     assert rest is not None
     plan.finished(rest.token)
     plan.next("a", YOUNG_S / 2)
@@ -293,9 +326,9 @@ def test_an_idle_source_takes_half_of_what_a_slow_one_has() -> None:
     assert plan.share("a", YOUNG_S / 2) is None
     half = plan.share("a", YOUNG_S)
     assert half is not None
-    assert (half.first, half.count) == (1, 1)
-    assert plan.covers(taken.token, 0)
-    assert not plan.covers(taken.token, 1)
+    assert (half.first, half.count) == (2, 1)
+    assert plan.covers(taken.token, 1)
+    assert not plan.covers(taken.token, 2)
 
 
 def test_one_chunk_is_brought_by_a_second_source_after_patience_and_never_by_a_third() -> None:
