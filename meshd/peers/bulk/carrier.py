@@ -35,6 +35,8 @@ from meshd.peers.trust.tls import carrier_context
 log = logging.getLogger(__name__)
 
 READ_BYTES: Final = 64 * 1024
+NICENESS: Final = 10
+"""Where all cores are busy, who waits for the next word of a chat goes first."""
 
 Service: TypeAlias = Callable[[BulkStream, dict[str, Any]], None]
 """Serve one stream, by the daemon's grant, until either side has had enough. May raise MeshdError;
@@ -191,5 +193,6 @@ def run_process(services: Mapping[str, Service]) -> NoReturn:
     with open(os.devnull, "rb") as nothing:  # noqa: PTH123
         os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)  # whatever is printed must not be taken for a frame
+    os.nice(NICENESS)
     Carrier(handover, control, services).run()
     os._exit(0)  # threads that wait for the other side would hold up an orderly end
