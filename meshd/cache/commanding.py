@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from meshd.cache.budget import Holding, Item, objection, plan
@@ -35,6 +36,13 @@ from meshd.kernel import Pool
 from meshd.view import ModelState, Preparing
 
 Tell = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Hashed:
+    bytes: int
+    problems: Mapping[str, str]
+    """Words on what a look afterwards does not see, by path."""
 
 
 class CacheCommander:
@@ -91,14 +99,14 @@ class CacheCommander:
             remove=tuple(_plan_row(item, reason) for item, reason in wanted.remove),
             keep=tuple(_plan_row(item, reason) for item, reason in wanted.keep),
             freed_bytes=freed,
-            still_over_bytes=wanted.still_over_bytes,
+            still_over_bytes=max(0, wanted.over_bytes - freed),
             busy=removed.busy,
         )
         return report.model_dump(mode="json")
 
     # -- long work --------------------------------------------------------------------------------
 
-    async def pull(self, ref: str) -> Events:
+    def pull(self, ref: str) -> Events:
         room = self._room
         name, _ = room.identify(ref)
         parsed = room.preparer.parse(ref)
@@ -110,10 +118,9 @@ class CacheCommander:
                 name, parsed, _as_events(tell), lambda news: tell(news.model_dump()), newest=True
             )
 
-        async for event in _whole_or_not(work):
-            yield event
+        return _whole_or_not(work)
 
-    async def repair(self, ref: str) -> Events:
+    def repair(self, ref: str) -> Events:
         room = self._room
         name, _ = room.identify(ref)
         parsed = room.preparer.parse(ref)
@@ -132,26 +139,23 @@ class CacheCommander:
                 name, parsed, _as_events(tell), lambda news: tell(news.model_dump())
             )
 
-        async for event in _whole_or_not(work):
-            yield event
+        return _whole_or_not(work)
 
-    async def verify(self, ref: str | None) -> Events:
-        subjects = await self._subjects(ref)
-
+    def verify(self, ref: str | None) -> Events:
         async def work(tell: Tell) -> None:
+            subjects = await self._subjects(ref)
             hashed = await self._hash_all([verdict for _, _, verdict in subjects], tell)
             files = wrong = 0
             for model, said, before in subjects:
                 verdict = await self._room.pool.run(self._look_again, before)
-                for event in _files(model, said, verdict):
+                for event in _files(model, said, verdict, hashed.problems):
                     files += 1
                     wrong += event.fault != Fault.OK
                     tell(event.model_dump())
-            tell(Verified(files=files, wrong=wrong, hashed_bytes=hashed).model_dump())
+            tell(Verified(files=files, wrong=wrong, hashed_bytes=hashed.bytes).model_dump())
             self._room.changed()
 
-        async for event in _told_by(work):
-            yield event
+        return _told_by(work)
 
     async def _subjects(self, ref: str | None) -> list[tuple[str, str, SetVerdict]]:
         """(model, REF, verdict so far) of what is to be verified. Raises NotInCache."""
@@ -174,8 +178,8 @@ class CacheCommander:
     def _look_again(self, verdict: SetVerdict) -> SetVerdict:
         return look(verdict.expected, self._room.store.ledger, self._room.store.headers)
 
-    async def _hash_all(self, verdicts: Sequence[SetVerdict], tell: Tell) -> int:
-        """Hash every file that can be hashed, whatever the ledger says; how many bytes."""
+    async def _hash_all(self, verdicts: Sequence[SetVerdict], tell: Tell) -> _Hashed:
+        """Hash every file that can be hashed, whatever the ledger says."""
         store = self._room.store
         able = [
             (expected, seen.facts.size)
@@ -195,7 +199,7 @@ class CacheCommander:
                 loop.call_soon_threadsafe(meter.tell, done_bytes)
 
         try:
-            await self._room.hashing.run(
+            checked = await self._room.hashing.run(
                 verify_files,
                 [expected for expected, _ in able],
                 store.ledger,
@@ -207,7 +211,7 @@ class CacheCommander:
             raise asyncio.CancelledError from None
         finally:
             halt.set()
-        return total
+        return _Hashed(total, {one.path: one.problem for one in checked if one.problem})
 
     # -- what is meant ----------------------------------------------------------------------------
 
@@ -268,11 +272,12 @@ async def _whole_or_not(work: Callable[[Tell], Awaitable[None]]) -> Events:
     """As `_told_by`, with `done` or `failed` as the last event, whatever was told before."""
     last: Event = {}
     try:
-        async for event in _told_by(work):
-            if event["t"] in ("done", "failed"):
-                last = event
-            else:
-                yield event
+        async with contextlib.aclosing(_told_by(work)) as events:
+            async for event in events:
+                if event["t"] in ("done", "failed"):
+                    last = event
+                else:
+                    yield event
     except MeshdError as error:
         yield {
             "t": "failed",
@@ -305,7 +310,10 @@ def _as_events(tell: Tell) -> Moved:
     return moved
 
 
-def _files(model: str, ref: str, verdict: SetVerdict) -> list[FileChecked]:
+def _files(
+    model: str, ref: str, verdict: SetVerdict, problems: Mapping[str, str]
+) -> list[FileChecked]:
+    """What verifying came to; `problems`: as hashing saw them."""
     mended_by = "put the right file there"
     if ref == BUILTIN:
         mended_by = "load it: it is made again"
@@ -319,7 +327,7 @@ def _files(model: str, ref: str, verdict: SetVerdict) -> list[FileChecked]:
             number=file.number,
             total=file.total,
             fault=file.fault,
-            problem=file.problem,
+            problem=problems.get(file.path, file.problem),
             expected=file.expected,
             found=file.found,
             advice=None if file.fault is Fault.OK else mended_by,

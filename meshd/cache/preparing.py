@@ -168,7 +168,7 @@ class Preparer:
         manifest = await self._mend(name, wanted, asked, verdict, moved, told)  # 4
         verdict = await self.examine(manifest, moved)
         if not verdict.ok:  # 5
-            raise verdict.to_error(f"meshd cache repair {format_ref(wanted)}")
+            raise verdict.to_error(_repair(wanted))
         return verdict, manifest
 
     def _known(self, wanted: HubRef) -> Manifest | None:
@@ -209,8 +209,7 @@ class Preparer:
 
     async def _hash(self, verdict: SetVerdict, moved: Moved) -> None:
         """Hash what was not; says how far it is."""
-        sizes = [seen.facts.size for seen in verdict.observations if seen.facts is not None]
-        meter = Meter(sum(sizes), moved)
+        meter = Meter(verdict.unverified_bytes, moved)
         abandoned = threading.Event()
         loop = asyncio.get_running_loop()
 
@@ -253,7 +252,7 @@ class Preparer:
                 elif isinstance(end, Said):
                     log.info("model %s: %s", name, end.message)
         if isinstance(end, FetchFailed):
-            raise failure(end, verdict)
+            raise failure(end, verdict, _repair(wanted))
         assert isinstance(end, Done), "a fetch ends with one of the two"
         assert manifest is not None, "and is done only with what it resolved"
         got = ", ".join(f"{format_size(count)} from {who}" for who, count in end.sources.items())
@@ -311,18 +310,23 @@ def preparing_of(news: Progress) -> Preparing:
     )
 
 
-def failure(end: FetchFailed, verdict: SetVerdict | None) -> MeshdError:
-    """The error of a fetch that failed; of a set that is partly there, with what is wrong."""
+def failure(end: FetchFailed, verdict: SetVerdict | None, command: str) -> MeshdError:
+    """The error of a fetch that failed; of a set that is partly there, with what is wrong, and the
+    `command` that tries again."""
     wait_s = None if end.permanent else max(end.retry_after_s or 0.0, FETCH_RETRY_S)
     if verdict is not None:
         words = verdict.worst.words
         return BrokenWeights(
-            f"{words}; fetching it failed: {end.message}",
+            f"{words}; fetching it failed: {end.message}; `{command}` tries again",
             path=verdict.worst.path,
             retry_after_s=wait_s,
         )
     kind = _CODES.get(end.code, HubRefused if end.permanent else HubUnavailable)
     return kind(end.message, retry_after_s=end.retry_after_s)
+
+
+def _repair(wanted: HubRef) -> str:
+    return f"meshd cache repair {format_ref(wanted)}"
 
 
 def _damaged(verdict: SetVerdict | None) -> tuple[str, ...]:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from meshd.cache.hashes import ChunkHashes
 from meshd.cache.hashing import verify_files
+from meshd.cache.headers import Headers
 from meshd.cache.ledger import Ledger
 from meshd.cache.manifest import Manifest
 from meshd.cache.manifests import ManifestStore
-from meshd.cache.observe import Headers
 from meshd.cache.places import Places
 from meshd.cache.verdict import SetVerdict
 from meshd.cache.weights import look_at
@@ -31,7 +31,7 @@ class Store:
             ManifestStore(places.manifests),
             Ledger(places.ledger),
             ChunkHashes(places),
-            Headers(),
+            Headers(places.headers),
         )
 
     def look(self, manifest: Manifest) -> SetVerdict:

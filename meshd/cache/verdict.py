@@ -138,6 +138,15 @@ class SetVerdict:
             if file.fault is Fault.UNVERIFIED
         )
 
+    @property
+    def unverified_bytes(self) -> int:
+        """How much there is to hash."""
+        return sum(
+            seen.facts.size
+            for seen, file in zip(self.observations, self.files, strict=True)
+            if seen.facts is not None and file.fault is Fault.UNVERIFIED
+        )
+
     def to_error(self, command: str | None) -> BrokenWeights:
         """One line on the worst file: which, where, what is wrong, what to do.
 
