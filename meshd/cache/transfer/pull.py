@@ -31,8 +31,9 @@ MAX_OPEN_FILES: Final = 4
 """Under way at once: the hash of one is still to be finished when the next is fetched."""
 BLOCK_BYTES: Final = 512
 """Of `st_blocks`, whatever the file system's are."""
-END_S: Final = 5.0
-"""For threads to notice the end; what they leave is consistent at any moment."""
+END_S: Final = 0.25
+"""For threads to notice the end. One may be in the middle of a silent answer, which nobody waits
+for: what they leave is consistent at any moment."""
 
 FileOf = Callable[[Shard], HubFile]
 

@@ -186,6 +186,7 @@ def test_a_flipped_byte_on_disk_costs_one_chunk(
     hub.forget_requests()
     damaged = (manifest.shards[0].sha256,) if listed else ()
     news = carry_out(order_for(tmp_path, manifest, damaged=damaged))
+    hub.wait_sent("*", CHUNK_BYTES)
     assert done(news).fetched_bytes == hub.sent() == CHUNK_BYTES
     assert "mending" in said(news)
     check(tmp_path, manifest)
@@ -282,7 +283,7 @@ def test_an_older_manifest_does_not_move_the_branch_back(
 
 
 def test_progress_adds_up(hub: LocalHub, manifest: Manifest, tmp_path: Path) -> None:
-    hub.faults.add(NAMES[0], Slow(4e6), times=None)
+    hub.faults.add(NAMES[0], Slow(10e6), times=None)
     progress = [
         one for one in carry_out(order_for(tmp_path, manifest)) if isinstance(one, Progress)
     ]

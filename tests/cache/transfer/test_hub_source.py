@@ -79,8 +79,9 @@ def test_the_whole_in_one_request(hub: LocalHub) -> None:
 
 def test_a_span_costs_just_its_bytes(hub: LocalHub) -> None:
     assert sorted(fetch(file_at(hub), Span(1, 2, 1)).got) == [2]
-    assert hub.sent() == CHUNK_BYTES
+    hub.wait_sent(PATH, CHUNK_BYTES)
     assert sorted(fetch(file_at(hub), Span(1, 4, 1)).got) == [4]
+    hub.wait_sent(PATH, CHUNK_BYTES + 100)
     assert hub.sent() == CHUNK_BYTES + 100
 
 
