@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,8 +26,12 @@ class PrivateCache:
 
     def __init__(self, home: Path, hub: LocalHub) -> None:
         self.home = home
-        self.places = Places(home / "hub", home / "meshd", home / "builtin")
-        self.environment = hub.environment(home)
+        self.environment = hub.environment(home) | {
+            "MESHD_DATA_DIR": str(home / "data"),
+            "XDG_CACHE_HOME": str(home / "cache"),
+        }
+        ours = home / "cache" / "meshd"
+        self.places = Places(home / "hub", ours / "weights", ours / "models")
 
     def start(self, ref: str, **more: Any) -> subprocess.Popen[bytes]:
         """A fetch child with an order for `ref`."""
@@ -77,6 +82,31 @@ class PrivateCache:
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
+
+    def meshd(self, *words: str) -> str:
+        """What `meshd` says, with no daemon; fails if `meshd` fails."""
+        done = self._run("meshd", *words)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def doomed(self, moment: int, *words: str) -> int:
+        """Let `meshd` kill itself at that moment (see `doomed`); with moment 0, how many moments it
+        has."""
+        done = self._run("tests.cache.doomed", str(moment), str(self.home), *words)
+        if moment:
+            assert done.returncode == -signal.SIGKILL, (done.returncode, done.stderr)
+            return 0
+        assert done.returncode == 0, done.stderr
+        return int(done.stderr.splitlines()[-1])
+
+    def _run(self, module: str, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", module, *words],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=RUN_LIMIT_S,
+        )
 
     def held_locks(self) -> list[Path]:
         """Locks that some process holds now."""
