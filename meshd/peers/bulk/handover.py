@@ -1,9 +1,9 @@
 """The daemon's side: gives connections to the carrier process and answers its questions.
 
-The process is started by the first connection and again by the next one after it died; it lives as
-long as the session. How many connections there may be is decided here alone: `MAX_STRANGERS` that
-have not been granted anything yet, and `limit` streams. Full-policy: a stranger more is closed, a
-stream more is refused as busy.
+The process is started by the first connection and again by the next one after it died; it is ended
+when it has had nothing to do for `IDLE_S`. How many connections there may be is decided here alone:
+`MAX_STRANGERS` that have not been granted anything yet, and `limit` streams. Full-policy: a
+stranger more is closed, a stream more is refused as busy.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 MAX_STRANGERS: Final = 32
 RESTART_PAUSE_S: Final = 1.0
 """Least time between two starts of the process: strangers can cause them."""
+IDLE_S: Final = 300.0
+"""It takes some 50 MB, and a third of a second to start."""
 END_S: Final = 2.0
 """From SIGKILL to the end of the process."""
 QUESTION_LIMIT: Final = 64 * 1024
@@ -65,6 +67,7 @@ class Handover:
         self._numbers = itertools.count(1)
         self._carrier: _Carrier | None = None
         self._next_start_at = float("-inf")
+        self._idle_timer: asyncio.TimerHandle | None = None
         self._closed = False
 
     @property
@@ -87,6 +90,7 @@ class Handover:
                 log.debug("a bulk connection could not be handed over: %s", error)
                 return
             carrier.strangers.add(number)
+            self._not_idle()
 
     def renewed(self) -> None:
         """This node has a new certificate."""
@@ -103,6 +107,7 @@ class Handover:
     def close(self) -> None:
         """End the process, and with it every stream."""
         self._closed = True
+        self._not_idle()
         if self._carrier is not None:
             self._carrier.close()
 
@@ -170,11 +175,23 @@ class Handover:
         if self._carrier is not carrier:
             return
         self._carrier = None
+        self._not_idle()
         if not self._closed:
             log.warning(
                 "the carrier of bulk streams is gone, and %d streams with it; the next connection "
                 "starts another", len(carrier.streams),
             )  # fmt: skip
+
+    def _not_idle(self) -> None:
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
+
+    def _retire(self, carrier: _Carrier) -> None:
+        """Nobody wants anything of it any more."""
+        log.debug("the carrier of bulk streams is not needed and ends")
+        self._idle_timer = self._carrier = None
+        carrier.close()
 
     # -- its questions ----------------------------------------------------------------------------
 
@@ -188,6 +205,10 @@ class Handover:
                 carrier.streams.pop(number, None)
                 self.bytes_carried[0] += message["bytes_in"]
                 self.bytes_carried[1] += message["bytes_out"]
+                if not carrier.strangers and not carrier.streams and carrier is self._carrier:
+                    self._not_idle()
+                    loop = asyncio.get_running_loop()
+                    self._idle_timer = loop.call_later(IDLE_S, self._retire, carrier)
 
     def _answer(self, carrier: _Carrier, question: dict[str, Any]) -> dict[str, Any]:
         try:

@@ -422,6 +422,26 @@ async def test_the_end_of_the_session_ends_the_process(nodes: Any) -> None:
         await b.open(a)
 
 
+async def test_a_carrier_that_is_not_needed_ends_and_comes_back(
+    nodes: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    a, b, _ = nodes
+    monkeypatch.setattr(handover, "IDLE_S", 0.1)
+    stream, answer = await b.open(a)
+    other, _ = await b.open(a)
+    other.close()
+    await until(lambda: a.session.bulk.streams == 1, "one left")
+    await asyncio.sleep(0.3)  # longer than it may idle: it does not
+    assert await b.do(partial(read, stream, 10)) == b"\x0a" * 10
+    stream.close()
+    await until(lambda: a.session.bulk._carrier is None, "ended")
+    await until(lambda: not psutil.pid_exists(answer["pid"]), "gone")
+    assert not [r for r in caplog.records if r.levelname == "WARNING" and "carrier" in r.message]
+    a.session.bulk._next_start_at = 0.0
+    again, _ = await b.open(a)
+    again.close()
+
+
 # -- strangers ------------------------------------------------------------------------------------
 
 
