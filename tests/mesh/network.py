@@ -82,6 +82,14 @@ class Host:
         finally:
             os.close(before)
 
+    def slow_down(self, rate: str) -> None:
+        """Let it send no faster than `rate`, as `tc` writes it (`20mbit`)."""
+        with self.inside():
+            _check(
+                ["tc", "qdisc", "add", "dev", "eth0", "root"]
+                + ["tbf", "rate", rate, "burst", "64kb", "latency", "400ms"]
+            )
+
     def run(
         self, argv: Collection[str], *, timeout_s: float = 60.0
     ) -> subprocess.CompletedProcess[str]:
