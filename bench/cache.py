@@ -1,13 +1,15 @@
 """What the model cache costs: `python -m bench.cache`.
 
 Verdicts before a load; hashing beside `sha256sum` and `openssl`; a pull from a hub on loopback
-beside `hf download`. Prints tables and writes bench/results/cache.json.
+beside `hf download`; weights from node to node beside `nc` (`bench.cache_peers`). Prints
+tables and writes bench/results/cache.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -26,7 +28,7 @@ from bench.figures import Goal, goals_table, show, table
 from bench.processes import BenchError
 
 RESULTS = Path(__file__).with_name("results")
-PARTS = ("verdicts", "hashing", "pulls")
+PARTS = ("verdicts", "hashing", "pulls", "peers")
 LOOK_LIMIT_MS = 20.0
 CORE_SHARE = 0.9
 """Of what the fastest other program reaches on a core."""
@@ -68,14 +70,7 @@ Part = tuple[object, str, list[Goal]]
 
 def _verdicts(work: Path, options: argparse.Namespace) -> Part:
     looks = look_at_sets(work, 10 if options.quick else 50)
-    most = looks[-1]
-    goals = [
-        Goal(
-            f"verdict on {most.shards} shards, {name}, longest", max(ms), LOOK_LIMIT_MS, unit=" ms"
-        )
-        for name, ms in (("first look", most.first_ms), ("unchanged", most.again_ms))
-    ]
-    return [asdict(one) for one in looks], verdict_table(looks), goals
+    return [asdict(one) for one in looks], verdict_table(looks), verdict_goals(looks)
 
 
 def _hashing(work: Path, options: argparse.Namespace) -> Part:
@@ -90,14 +85,39 @@ def _pulls(work: Path, options: argparse.Namespace) -> Part:
     return [asdict(one) for one in rounds], pull_table(rounds, size), pull_goals(rounds)
 
 
+def _peers(work: Path, options: argparse.Namespace) -> Part:
+    del work  # it has a place in memory
+    # Late: it brings the tests' network.
+    from bench import cache_peers
+
+    if os.geteuid() != 0:
+        goal = Goal("weights from node to node (needs root)", None, cache_peers.SHARE, True)
+        return None, "Weights from node to node: not measured, which needs root.", [goal]
+    if options.quick:
+        found = cache_peers.measure(rounds=2, total_bytes=GIB // 4)
+    else:
+        found = cache_peers.measure()
+    goals = [Goal(**{k: v for k, v in goal.items() if k != "verdict"}) for goal in found["goals"]]
+    return found, cache_peers.tables(found), goals
+
+
 _PARTS: dict[str, Callable[[Path, argparse.Namespace], Part]] = {
     "verdicts": _verdicts,
     "hashing": _hashing,
     "pulls": _pulls,
+    "peers": _peers,
 }
 
 
 # -- goals and tables -----------------------------------------------------------------------------
+
+
+def verdict_goals(looks: Sequence[Looks]) -> list[Goal]:
+    most = looks[-1]
+    return [
+        Goal(f"a look at {most.shards} shards, {kind}, longest", max(ms), LOOK_LIMIT_MS, unit=" ms")
+        for kind, ms in (("first of a process", most.first_ms), ("unchanged", most.again_ms))
+    ]
 
 
 def hash_goals(rounds: Sequence[Hashing]) -> list[Goal]:
@@ -134,7 +154,12 @@ def pull_goals(rounds: Sequence[Pulling]) -> list[Goal]:
 def verdict_table(looks: Sequence[Looks]) -> str:
     rows = []
     for one in looks:
-        for name, values in (("first look", one.first_ms), ("unchanged", one.again_ms)):
+        kinds = {
+            "never seen": one.unseen_ms,
+            "first of a process": one.first_ms,
+            "unchanged": one.again_ms,
+        }
+        for name, values in kinds.items():
             times = [show(median(values), 2), show(max(values), 2), str(len(values))]
             rows.append([f"{one.shards} shards, {name}", *times])
     return table(["ms for a verdict", "median", "most", "n"], rows)

@@ -5,10 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench.processes import BenchError
+
+if TYPE_CHECKING:
+    from meshd.cache.verdict import SetVerdict
 
 COUNTS = (1, 10, 100)
 """Shards of a set."""
@@ -21,25 +26,25 @@ REVISION = "0" * 40
 @dataclass(frozen=True, slots=True)
 class Looks:
     shards: int
+    unseen_ms: list[float]
+    """Every header is parsed as if never before: once in the life of a file."""
     first_ms: list[float]
-    """Every header read and parsed: the first look of a daemon."""
+    """The first look of a process."""
     again_ms: list[float]
     """Nothing changed since the look before."""
 
 
-def look_at_sets(work: Path, looks: int) -> list[Looks]:
+def look_at_sets(work: Path, looks: int, counts: Sequence[int] = COUNTS) -> list[Looks]:
     """`looks` of each kind at a verified set of each size, in the page cache."""
-    return [_look(work / f"set-{count}", count, looks) for count in COUNTS]
+    return [_look(work / f"set-{count}", count, looks) for count in counts]
 
 
 def _look(home: Path, count: int, looks: int) -> Looks:
     # Late: only these need meshd itself, and numpy.
-    from meshd.cache.hashes import ChunkHashes
     from meshd.cache.hashing import verify_files
-    from meshd.cache.ledger import Ledger
     from meshd.cache.manifest import Manifest, Shard
-    from meshd.cache.observe import Headers
     from meshd.cache.places import Places
+    from meshd.cache.store import Store
     from meshd.cache.weights import expected_of, look_at
 
     places = Places(home / "hub", home / "state", home / "builtin")
@@ -59,20 +64,31 @@ def _look(home: Path, count: int, looks: int) -> Looks:
         link.symlink_to(os.path.relpath(blob, link.parent))
         shards.append(shard)
     manifest = Manifest(repo=REPO, revision=REVISION, shards=tuple(shards))
-    ledger, kept = Ledger(places.ledger), Headers()
-    verify_files(expected_of(manifest, places), ledger, ChunkHashes(places))
+    store = Store.at(places)
+    verify_files(expected_of(manifest, places), store.ledger, store.chunks)
 
-    def timed(headers: Headers | None) -> float:
+    def timed(look: Callable[[], SetVerdict]) -> float:
         began = time.perf_counter()
-        verdict = look_at(manifest, places, ledger, headers)
+        verdict = look()
         took_ms = 1e3 * (time.perf_counter() - began)
         if not verdict.ok:
             raise BenchError(verdict.worst.words)
         return took_ms
 
-    for headers in (None, kept):
-        timed(headers)
-    return Looks(count, [timed(None) for _ in range(looks)], [timed(kept) for _ in range(looks)])
+    def unseen() -> SetVerdict:
+        return look_at(manifest, places, store.ledger)
+
+    def first() -> SetVerdict:
+        return Store.at(places).look(manifest)
+
+    def again() -> SetVerdict:
+        return store.look(manifest)
+
+    def many(look: Callable[[], SetVerdict]) -> list[float]:
+        timed(look)
+        return [timed(look) for _ in range(looks)]
+
+    return Looks(count, many(unseen), many(first), many(again))
 
 
 def _write_shard(path: Path, number: int, count: int) -> None:
