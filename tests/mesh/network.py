@@ -85,10 +85,8 @@ class Host:
     def slow_down(self, rate: str) -> None:
         """Let it send no faster than `rate`, as `tc` writes it (`20mbit`)."""
         with self.inside():
-            _check(
-                ["tc", "qdisc", "add", "dev", "eth0", "root"]
-                + ["tbf", "rate", rate, "burst", "64kb", "latency", "400ms"]
-            )
+            shaper = f"qdisc add dev eth0 root tbf rate {rate} burst 64kb latency 400ms"
+            _check(["tc", *shaper.split()])
 
     def run(
         self, argv: Collection[str], *, timeout_s: float = 60.0
