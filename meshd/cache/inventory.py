@@ -22,7 +22,7 @@ from meshd.cache.budget import Holding, Leftover, LeftoverKind, own_bytes
 from meshd.cache.commands import LeftoverRow, Listing, SetRow
 from meshd.cache.leftovers import leftovers_of
 from meshd.cache.manifest import Manifest, set_digest
-from meshd.cache.places import Places
+from meshd.cache.places import OWN_PARTIAL, Places
 from meshd.cache.references import COMMIT, DEFAULT_BRANCH, HubRef, format_ref, model_id
 from meshd.cache.removal import Link, RemovalOrder
 from meshd.cache.repository import Repository, repositories
@@ -35,6 +35,9 @@ from meshd.cache.verdict import Expected, Fault, SetVerdict
 from meshd.cache.weights import look, shard_paths
 from meshd.errors import BadReference, HubRefused
 from meshd.view import CacheView
+
+_PARTIALS = (OWN_PARTIAL, PARTIAL_SUFFIX)
+"""Endings of blobs on their way, by us and by older huggingface_hubs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +248,7 @@ def _is_here(manifest: Manifest, repo: Repository) -> bool:
     return any(
         (manifest.revision, shard.path) in repo.links
         or shard.sha256 in repo.blobs
-        or f"{shard.sha256}{PARTIAL_SUFFIX}" in repo.blobs
+        or any(f"{shard.sha256}{ending}" in repo.blobs for ending in _PARTIALS)
         for shard in manifest.shards
     )
 
@@ -311,8 +314,8 @@ def _came_at(repo: Repository, links: Iterable[Link], places: Places) -> float:
         with contextlib.suppress(OSError):
             status = places.snapshot(repo.name, link.revision, link.path).lstat()
             times.append(status.st_mtime)
-        names = {f"{link.blob}", f"{link.blob}{PARTIAL_SUFFIX}"} & repo.blobs.keys()
-        times += [repo.blobs[name].st_mtime for name in names]
+        names = (f"{link.blob}{ending}" for ending in ("", *_PARTIALS))
+        times += [repo.blobs[name].st_mtime for name in names if name in repo.blobs]
     return max(times)
 
 

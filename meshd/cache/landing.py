@@ -52,13 +52,16 @@ def link(places: Places, manifest: Manifest, shard: Shard) -> None:
     if path.is_symlink() and str(path.readlink()) == target:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}")
-    temporary.symlink_to(target)
     try:
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink()
-        raise
+        path.symlink_to(target)
+    except FileExistsError:
+        temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}")
+        temporary.symlink_to(target)
+        try:
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink()
+            raise
     _sync_directory(path.parent)
 
 

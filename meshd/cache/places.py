@@ -3,7 +3,7 @@
 Weights lie in the ordinary Hugging Face cache, laid out as huggingface_hub does:
 
     <hub>/models--owner--name/blobs/<sha256>                 the bytes
-                              blobs/<sha256>.incomplete      a download that goes on
+                              blobs/<sha256>.meshd.incomplete  a fetch that goes on
                               snapshots/<commit>/<path>      relative link to the blob
                               refs/<branch>                  the commit's hash
     <hub>/.locks/models--owner--name/<sha256>.lock           held by whoever writes the blob
@@ -15,6 +15,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
+
+OWN_PARTIAL: Final = ".meshd.incomplete"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +37,9 @@ class Places:
 
     def partial(self, repo: str, sha256: str) -> Path:
         """A blob that is being fetched. Its full size from the start, with holes; what of it is
-        there says its journal."""
-        return self.repo(repo) / "blobs" / f"{sha256}.incomplete"
+        there says its journal. Not `<sha256>.incomplete`: older huggingface_hubs go on with that
+        at its end, and would take holes for a finished download."""
+        return self.repo(repo) / "blobs" / f"{sha256}{OWN_PARTIAL}"
 
     def snapshot(self, repo: str, revision: str, path: str = "") -> Path:
         return self.repo(repo) / "snapshots" / revision / path

@@ -57,12 +57,13 @@ class Job:
         *,
         damaged: bool,
         streams: int,
+        lock: threading.RLock,
         changed: threading.Condition,
         stopped: Callable[[], bool],
         say: Say,
     ) -> None:
-        """`changed` (of a lock that may be taken again): held while plans are looked at, told when
-        something happened."""
+        """`lock`: held while plans are looked at. `changed`, of the same lock: told when there may
+        be work for sources, or when it is over."""
         self.shard = shard
         self.waits_for: str | None = None
         """What it waits for other than bytes, for people."""
@@ -72,7 +73,10 @@ class Job:
         self._sources = sources
         self._damaged = damaged
         self._streams = streams
+        self._lock = lock
         self._changed = changed
+        self._came = threading.Condition(lock)
+        """Told when bytes came, or a source went."""
         self._stopped = stopped
         self._say = say
         self._plan: Plan | None = None
@@ -123,17 +127,17 @@ class Job:
 
     def is_new_to(self, source: str) -> bool:
         """Whether `source` has still to say what it has."""
-        with self._changed:
+        with self._lock:
             return self.open and self._the_plan().is_new(source)
 
     def usable(self, source: str) -> bool:
         """Whether it wants anything of `source`, now or later."""
-        with self._changed:
+        with self._lock:
             return self.open and self._the_plan().usable(source)
 
     def take(self, source: str, *, idle: bool) -> Span | None:
         """What `source` should bring; `idle`: of what others have not brought yet."""
-        with self._changed:
+        with self._lock:
             if self._plan is None or self._closed:
                 return None
             now = time.monotonic()
@@ -143,13 +147,13 @@ class Job:
 
     def offered(self, source: str, has: bytes | None, hashes: bytes | None) -> None:
         """Of what length is for the caller to check."""
-        with self._changed:
+        with self._lock:
             if not self._closed:
                 self._the_plan().offered(source, has, hashes)
                 self._follow()
 
     def lacks(self, source: str, span: Span) -> None:
-        with self._changed:
+        with self._lock:
             self._the_plan().lacks(source, span)
 
     def deliver(self, span: Span, index: int, data: memoryview) -> bool:
@@ -157,29 +161,31 @@ class Job:
         cannot be kept."""
         digest = hashlib.sha256(data).digest()
         plan = self._the_plan()
-        with self._changed:
+        with self._lock:
             if self._closed:
                 return False
             decision = plan.arrived(span.token, index, digest, time.monotonic())
             self._follow()
+            if decision is not Decision.STORE:
+                self._tell_all()  # somebody else may have to bring it
         if decision is Decision.STORE:
             self._store(index, data, digest)
-        with self._changed:
+        with self._lock:
             return decision is not Decision.BANNED and plan.covers(span.token, index + 1)
 
     def finished(self, span: Span) -> None:
         """No more of this span comes."""
-        with self._changed:
+        with self._lock:
             self._the_plan().finished(span.token)
-            self._changed.notify_all()
+            self._tell_all()
 
     def leave(self, source: str, why: MeshdError) -> None:
         """`source` brings no more of this file."""
-        with self._changed:
+        with self._lock:
             self._why_left[source] = why
             if self._plan is not None:
                 self._plan.gone(source, why.message)
-            self._changed.notify_all()
+            self._tell_all()
 
     # -- the file ---------------------------------------------------------------------------------
 
@@ -197,7 +203,7 @@ class Job:
                 self._land()
             finally:
                 self._close()
-        with self._changed:
+        with self._lock:
             self.done = True
             self._changed.notify_all()
 
@@ -221,7 +227,7 @@ class Job:
             lot=random.randrange(1 << 30),
         )
         self._partial.forget(plan.take_dropped())
-        with self._changed:
+        with self._lock:
             for source, why in self._why_left.items():
                 plan.gone(source, why.message)
             self._plan = plan
@@ -231,12 +237,12 @@ class Job:
         """Until all of it is there and right."""
         plan = self._the_plan()
         while not self._hash_in_order():
-            with self._changed:
+            with self._lock:
                 if not plan.complete:
                     continue
                 came = self._digests()
             torn = damaged_chunks(self._partial.path, came, self._stopped)
-            with self._changed:
+            with self._lock:
                 if self._rewound:
                     continue
                 self._say(
@@ -255,7 +261,7 @@ class Job:
         whole = hashlib.sha256()
         self._hashed = 0
         while True:
-            with self._changed:
+            with self._lock:
                 if self._rewound:
                     self._rewound, self._hashed, whole = False, 0, hashlib.sha256()
                 if self._hashed == plan.chunks:
@@ -264,13 +270,13 @@ class Job:
                 index = self._hashed
                 if not plan.has(index):
                     self._mind_failure()
-                    self._changed.wait(POLL_S)
+                    self._came.wait(POLL_S)
                     continue
                 came_before, digest = plan.came_before(index), plan.digest(index)
             self._mind_stop()
             data = partial.read(index, buffer)
             if came_before and hashlib.sha256(data).digest() != digest:
-                with self._changed:
+                with self._lock:
                     plan.torn((index,))
                     self._follow()
                 continue
@@ -290,14 +296,14 @@ class Job:
         try:
             self._partial.write(index, data, digest)
         except OSError as error:
-            with self._changed:
+            with self._lock:
                 plan.not_stored(index)
-                self._changed.notify_all()
+                self._tell_all()
             raise self._disk_trouble(error) from error
-        with self._changed:
+        with self._lock:
             plan.stored(index)
             self._follow()
-            self._changed.notify_all()
+            self._came.notify_all()
 
     def _follow(self) -> None:
         """After anything that may have changed the plan's mind."""
@@ -309,20 +315,26 @@ class Job:
                 why = PeerRefused(reason, reason="banned")
                 self._why_left[source] = why
                 self._say(f"{source} is not asked for {self.shard.name} any more: it {reason}")
+                self._tell_all()
         dropped = plan.take_dropped()
         self._partial.forget(dropped)
         self._rewound = self._rewound or any(index <= self._hashed for index in dropped)
+        if dropped:
+            self._tell_all()
+
+    def _tell_all(self) -> None:
+        self._came.notify_all()
         self._changed.notify_all()
 
     def _close(self) -> None:
         """Let no source write any more, then close the files: their descriptors may become those
         of others."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             if self._plan is not None:
                 self._plan.abandon()
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: not self._the_plan().storing)
+                self._came.wait_for(lambda: not self._the_plan().storing)
         self._partial.close()
 
     def _digests(self) -> bytes:

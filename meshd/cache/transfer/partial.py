@@ -238,9 +238,9 @@ def _first_hole(fd: int) -> int:
 
 
 def _adopt(path: Path, sha256: str) -> None:
-    """Take over the longest of what huggingface_hub left of the file (`<sha256>.<8 hex
-    digits>.incomplete`, from its start on), if no program writes there any more."""
-    pattern = re.compile(re.escape(sha256) + r"\.[0-9a-f]{8}\.incomplete")
+    """Take over the longest of what huggingface_hub left of the file (`<sha256>.incomplete` or
+    `<sha256>.<8 hex digits>.incomplete`, from its start on), if nobody writes there any more."""
+    pattern = re.compile(re.escape(sha256) + r"(\.[0-9a-f]{8})?\.incomplete")
     found = []
     with os.scandir(path.parent) as entries:
         for entry in entries:

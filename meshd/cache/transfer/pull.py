@@ -55,7 +55,9 @@ class Pull:
         self._manifest = manifest
         self._places = Places(Path(order.hub_dir), Path(order.state_dir), Path(order.builtin_dir))
         self._tell = tell
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        """Told when there may be work, and at the end."""
         self._stop = threading.Event()
         self._trouble: BaseException | None = None
         self._backoff = Backoff(random.random)
@@ -72,6 +74,7 @@ class Pull:
                 sources,
                 damaged=shard.sha256 in order.damaged,
                 streams=streams,
+                lock=self._lock,
                 changed=self._changed,
                 stopped=lambda: self.over,
                 say=lambda message: tell(Said(message=message)),

@@ -112,23 +112,15 @@ def test_a_lost_journal_is_made_again_wholly_with_own_hashes(tmp_path: Path) -> 
     again.close()
 
 
-def test_a_prefix_by_another_program_is_gone_on_with(tmp_path: Path) -> None:
-    path = places_in(tmp_path).partial(REPO, SHARD.sha256)
-    path.parent.mkdir(parents=True)
-    path.write_bytes(DATA[: CHUNK_BYTES + 5])
-    partial = open_partial(tmp_path)
-    assert partial.there == {0: digest(0)}
-    partial.close()
-
-
+@pytest.mark.parametrize("ending", ["incomplete", "0123abcd.incomplete"])
 @pytest.mark.parametrize(("age_s", "adopted"), [(3600, True), (0, False)])
 def test_what_huggingface_hub_left_is_taken_over_once_it_is_quiet(
-    tmp_path: Path, age_s: int, adopted: bool
+    tmp_path: Path, age_s: int, adopted: bool, ending: str
 ) -> None:
     path = places_in(tmp_path).partial(REPO, SHARD.sha256)
     path.parent.mkdir(parents=True)
-    left = path.with_name(f"{SHARD.sha256}.0123abcd.incomplete")
-    left.write_bytes(DATA[: 2 * CHUNK_BYTES])
+    left = path.with_name(f"{SHARD.sha256}.{ending}")
+    left.write_bytes(DATA[: 2 * CHUNK_BYTES + 5])
     os.utime(left, (left.stat().st_mtime - age_s,) * 2)
     partial = open_partial(tmp_path)
     assert sorted(partial.there) == ([0, 1] if adopted else [])
