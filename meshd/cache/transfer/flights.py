@@ -8,7 +8,8 @@ Spans of chunks are handed out so that nothing is brought twice without need:
    the whole file waits for.
 3. When nothing is left to hand out, an idle source takes the later half of the longest span that
    has been under way for `YOUNG_S` or more.
-4. A chunk whose bringer has been silent for `PATIENCE_S` may be brought by one other source too.
+4. A chunk whose bringer has been silent for `PATIENCE_S`, and for several times as long as chunks
+   took lately, may be brought by one other source too. On a slow line that never happens.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Final
 
 YOUNG_S: Final = 1.0
 PATIENCE_S: Final = 2.0
+PATIENCE_FACTOR: Final = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,8 @@ class Flights:
         self._flights: dict[int, _Flight] = {}
         self._doubled: set[int] = set()
         self._tokens = 0
+        self._typical_s = 0.0
+        """What a chunk takes; slow ones count at once and are forgotten slowly."""
 
     @property
     def under_way(self) -> bool:
@@ -102,9 +106,10 @@ class Flights:
             if all(may(index) for index in range(middle, flight.stop)):
                 stop, flight.stop = flight.stop, middle
                 return self._depart(source, middle, stop, now)
+        patience_s = max(PATIENCE_S, PATIENCE_FACTOR * self._typical_s)
         for flight in by_length:
             index = flight.at
-            if now - flight.heard_at < PATIENCE_S or index >= flight.stop:
+            if now - flight.heard_at < patience_s or index >= flight.stop:
                 continue
             if index not in self._doubled and may(index):
                 self._doubled.add(index)
@@ -118,6 +123,7 @@ class Flights:
     def arrived(self, token: int, index: int, now: float) -> None:
         """The holder brought chunk `index`, for better or worse."""
         flight = self._flights[token]
+        self._typical_s = max(now - flight.heard_at, 0.9 * self._typical_s)
         flight.heard_at = now
         flight.at = max(flight.at, index + 1)
 

@@ -67,6 +67,8 @@ class Job:
         self.shard = shard
         self.waits_for: str | None = None
         """What it waits for other than bytes, for people."""
+        self.checks: str | None = None
+        """What of it is being hashed before anything is fetched, for people."""
         self.done = False
         self._places = places
         self._manifest = manifest
@@ -191,19 +193,20 @@ class Job:
 
     def _bring_and_land(self) -> None:
         beginning = self._beginning()
-        self.waits_for = f"looking at what is there of {self.shard.name}"
+        self.checks = f"looking at what is there of {self.shard.name}"
         if beginning.is_there():
             landing.link(self._places, self._manifest, self.shard)
         else:
             self._partial = beginning.open_partial()
             try:
                 self._open_plan(beginning.own)
-                self.waits_for = None
+                self.checks = None
                 self._bring()
                 self._land()
             finally:
                 self._close()
         with self._lock:
+            self.checks = None
             self.done = True
             self._changed.notify_all()
 

@@ -248,11 +248,14 @@ class Pull:
             missing = sum(job.missing_bytes for job in self._jobs)
             total = sum(job.shard.size for job in self._jobs)
             waits = [job.waits_for for job in self._jobs if job.waits_for]
+            checks = [job.checks for job in self._jobs if job.checks]
             sources = dict(self._counts)
         stage: Literal["fetching", "verifying", "waiting"]
         if missing == 0:
             stage, reason = "verifying", "hashing what was fetched"
-        elif waits and not rate.bytes_per_s:
+        elif checks and not sources:
+            stage, reason = "verifying", checks[0]
+        elif waits and rate.bytes_per_s < 1:
             stage, reason = "waiting", waits[0]
         else:
             stage, reason = "fetching", f"from {' and '.join(sources) or 'its sources'}"

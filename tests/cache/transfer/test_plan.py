@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshd.cache.chunks import CHUNK_BYTES
-from meshd.cache.transfer.flights import PATIENCE_S, YOUNG_S
+from meshd.cache.transfer.flights import PATIENCE_FACTOR, PATIENCE_S, YOUNG_S
 from meshd.cache.transfer.plan import (
     BEFORE,
     HEAD_START_S,
@@ -345,6 +345,18 @@ def test_one_chunk_is_brought_by_a_second_source_after_patience_and_never_by_a_t
     assert plan.arrived(first.token, 0, right(0), 3.0) is Decision.DISCARD
     plan.stored(0)
     assert plan.complete
+
+
+def test_on_a_slow_line_nothing_is_brought_twice() -> None:
+    plan = Plan(2 * CHUNK_BYTES, ("a", "b"))
+    for name in ("a", "b"):
+        plan.offered(name, None, None)
+    one, two = plan.next("a", 0.0), plan.next("a", 0.0)
+    assert one is not None
+    assert two is not None
+    plan.arrived(one.token, 0, right(0), 10.0)
+    assert plan.share("b", 10.0 + PATIENCE_S) is None
+    assert plan.share("b", 10.0 + PATIENCE_FACTOR * 10.0) is not None
 
 
 def test_a_chunk_that_could_not_be_written_is_wanted_again() -> None:
