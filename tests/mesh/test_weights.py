@@ -150,6 +150,7 @@ def test_a_source_that_lies_is_left_and_the_truth_arrives(
                 file.write(b"\x5a\xa5\x5a\xa5")
         os.utime(blob, ns=(status.st_atime_ns, status.st_mtime_ns))
     *_, c = start(lan, disks, "a", "b", "c")
+    lan.network.hosts["b"].slow_down("80mbit")  # or it may have sent all before a is asked
     done = pull(c)
     assert disks["c"].content() == disks["b"].content()
     assert done["sources"]["b"] >= sum(path.stat().st_size for path in shards)
