@@ -45,10 +45,11 @@ def admin(data_dir: Path | None, *, timeout_s: float = 30.0) -> AdminClient:
 
 
 def absolute(ref: str) -> str:
-    """A path means something where the command was typed, not where the daemon runs."""
+    """A path means something where the command was typed, not where the daemon runs. Links stay:
+    in a Hugging Face cache they have the names, and what they lead to has none."""
     path = Path(ref).expanduser()
     if path.exists() and (ref.startswith((".", "~", "/")) or path.suffix.lower() == ".gguf"):
-        return str(path.resolve())
+        return str(path.absolute())
     return ref
 
 
