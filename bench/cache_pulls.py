@@ -30,7 +30,7 @@ class Pulling:
     cpu_s: dict[str, float]
     """Without the hub's."""
     foreign: dict[str, float]
-    """Cores taken meanwhile by what does not belong to the benchmark, the hub's among them."""
+    """Cores taken meanwhile by what does not belong to the benchmark."""
 
 
 def pull_rounds(work: Path, size: int, rounds: int, say: Callable[[str], None]) -> list[Pulling]:
@@ -39,16 +39,16 @@ def pull_rounds(work: Path, size: int, rounds: int, say: Callable[[str], None]) 
 
     served = work / "served"
     write_set(served, *[size // FILES // 4 * 4] * FILES)
-    with _hub(served) as endpoint:
+    with _hub(served) as (hub, endpoint):
         found = []
         for number in range(rounds):
             order = PULLERS if number % 2 == 0 else PULLERS[::-1]
-            found.append(_round(work, endpoint, order))
+            found.append(_round(work, hub, endpoint, order))
             say(f"pulls: round {number + 1} of {rounds}: {found[-1].seconds}")
         return found
 
 
-def _round(work: Path, endpoint: str, order: tuple[str, ...]) -> Pulling:
+def _round(work: Path, hub: int, endpoint: str, order: tuple[str, ...]) -> Pulling:
     home = work / "home"
 
     def clear() -> None:
@@ -56,7 +56,9 @@ def _round(work: Path, endpoint: str, order: tuple[str, ...]) -> Pulling:
         os.sync()  # what the one before left to be written is not this one's
 
     timed = {
-        name: calmest(partial(_PULL[name], home, _environment(home, endpoint)), before=clear)
+        name: calmest(
+            partial(_PULL[name], home, _environment(home, endpoint)), before=clear, helper=hub
+        )
         for name in order
     }
     clear()
@@ -109,8 +111,8 @@ def _environment(home: Path, endpoint: str) -> dict[str, str]:
 
 
 @contextmanager
-def _hub(served: Path) -> Iterator[str]:
-    """The tests' hub in a process of its own; its endpoint."""
+def _hub(served: Path) -> Iterator[tuple[int, str]]:
+    """The tests' hub in a process of its own: pid and endpoint."""
     hub = subprocess.Popen(
         [sys.executable, "-m", "tests.hub", REPO, str(served)],
         stdin=subprocess.PIPE,
@@ -122,7 +124,7 @@ def _hub(served: Path) -> Iterator[str]:
         endpoint = hub.stdout.readline().decode().strip()
         if not endpoint:
             raise BenchError("the local hub does not start")
-        yield endpoint
+        yield hub.pid, endpoint
         hub.stdin.close()  # which ends it
         hub.wait(STOP_LIMIT_S)
     finally:
