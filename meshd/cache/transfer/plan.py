@@ -29,7 +29,6 @@ list or a count.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
@@ -37,6 +36,7 @@ from meshd.cache.chunks import CHUNK_BYTES, chunk_count
 from meshd.cache.transfer.flights import Flights, Span
 from meshd.cache.transfer.holdings import Holdings
 from meshd.cache.transfer.jury import Jury
+from meshd.cache.transfer.roster import Roster
 
 HUB: Final = "hub"
 BEFORE: Final = ""
@@ -59,17 +59,6 @@ class Decision(StrEnum):
     """Leave its source."""
 
 
-@dataclass(slots=True)
-class _Source:
-    asked: bool = False
-    """It said what it has."""
-    out: str | None = None
-    """Why it brings nothing more; None while it may."""
-    banned: bool = False
-    has: bytearray | None = None
-    """1 for each chunk it can bring; None for all."""
-
-
 class Plan:
     def __init__(
         self,
@@ -87,7 +76,7 @@ class Plan:
         to give."""
         self.chunks = chunk_count(size)
         self._holdings = Holdings(size)
-        self._sources = {name: _Source() for name in sources}
+        self._roster = Roster(self.chunks, sources)
         self._jury = Jury(self.chunks, own)
         self._flights = Flights(self.chunks, streams)
         self._lot = lot % self.chunks
@@ -128,11 +117,11 @@ class Plan:
 
     def usable(self, source: str) -> bool:
         """Whether `source` may still bring something, now or later."""
-        return self.failure is None and self._sources[source].out is None
+        return self.failure is None and not self._roster.is_out(source)
 
     def is_new(self, source: str) -> bool:
         """Whether `source` has still to say what it has."""
-        return self.usable(source) and not self._sources[source].asked
+        return self.failure is None and self._roster.is_new(source)
 
     @property
     def storing(self) -> bool:
@@ -141,7 +130,7 @@ class Plan:
 
     def why_out(self) -> dict[str, str]:
         """Sources that bring nothing more, and why."""
-        return {name: s.out for name, s in self._sources.items() if s.out is not None}
+        return self._roster.why_out()
 
     def take_dropped(self) -> tuple[int, ...]:
         """Chunks that were there and no longer count, since the last call."""
@@ -151,12 +140,10 @@ class Plan:
 
     def offered(self, source: str, has: bytes | None, hashes: bytes | None) -> None:
         """`source` says what it has, one bit a chunk (None: all), and what its chunks hash to."""
-        state = self._sources[source]
-        state.asked = True
-        state.has = None if has is None else _unpack(has, self.chunks)
+        self._roster.offered(source, has)
         if has is not None:
             self._hub_start = self._lot
-        if hashes is None or state.banned:
+        if hashes is None or self._roster.is_banned(source):
             return
         before = self._jury.believed
         if not self._jury.hear(source, hashes):
@@ -166,15 +153,11 @@ class Plan:
 
     def lacks(self, source: str, span: Span) -> None:
         """It could not give what it said it has."""
-        state = self._sources[source]
-        if state.has is None:
-            state.has = bytearray(b"\1") * self.chunks
-        state.has[span.first : span.first + span.count] = bytes(span.count)
+        self._roster.lacks(source, span)
 
     def gone(self, source: str, reason: str) -> None:
         """`source` brings nothing more."""
-        state = self._sources[source]
-        state.out = state.out or reason
+        self._roster.gone(source, reason)
 
     # -- spans --------------------------------------------------------------------------------
 
@@ -212,7 +195,7 @@ class Plan:
         """A chunk of the span came, and hashes to `digest`."""
         source = self._flights.source_of(token)
         self._flights.arrived(token, index, now)
-        if self._sources[source].banned:
+        if self._roster.is_banned(source):
             self._want_again(index)
             return Decision.BANNED
         if not self._holdings.is_missing(index) or self.failure is not None:
@@ -230,7 +213,7 @@ class Plan:
         source, digest = self._holdings.end_storing(index)
         self._take(index, source, digest)
         expected = self._jury.expected(index)
-        if self._sources[source].banned or (expected is not None and expected != digest):
+        if self._roster.is_banned(source) or (expected is not None and expected != digest):
             self._drop(index)
 
     def not_stored(self, index: int) -> None:
@@ -287,8 +270,8 @@ class Plan:
         that has only parts may come to have more; it is for its reader to say `gone`."""
         if self.failure or self.complete or self._flights.under_way or self.storing:
             return self.failure
-        while not any(self._may_bring(name) or self.is_new(name) for name in self._sources):
-            if not any(self._waits(name) for name in self._sources):
+        while not any(self._may_bring(name) or self.is_new(name) for name in self._roster):
+            if not any(self._waits(name) for name in self._roster):
                 self.failure = "nobody can bring what is missing"
                 return self.failure
             self._jury.discredit()
@@ -330,7 +313,7 @@ class Plan:
         for name in self._jury.discredit():
             self._ban(name, "promised bytes that the file does not consist of")
         for index, by, _ in self._holdings:
-            if by not in (HUB, BEFORE) and self._sources[by].banned:
+            if by not in (HUB, BEFORE) and self._roster.is_banned(by):
                 self._drop(index)
         self._recheck()
 
@@ -345,9 +328,7 @@ class Plan:
             self._drop(index)
 
     def _ban(self, source: str, reason: str) -> None:
-        state = self._sources[source]
-        state.banned = True
-        state.out = reason
+        self._roster.ban(source, reason)
         before = self._jury.believed
         self._jury.dismiss(source)
         if self._jury.believed != before:
@@ -371,14 +352,14 @@ class Plan:
     # -- who may ------------------------------------------------------------------------------
 
     def _may_bring(self, source: str) -> bool:
-        known = source == HUB or self._sources[source].asked
+        known = source == HUB or not self._roster.is_new(source)
         return known and self.usable(source) and not self._jury.dissents(source)
 
     def _hub_from(self, begun_at: float) -> float:
         """When the hub may be asked (rule 7)."""
-        peers = [name for name in self._sources if name != HUB and self.usable(name)]
+        peers = [name for name in self._roster if name != HUB and self.usable(name)]
         if self._is_little and any(
-            self._may_bring(name) and self._sources[name].has is None for name in peers
+            self._may_bring(name) and self._roster.has_all(name) for name in peers
         ):
             return begun_at + MENDING_S
         if any(self.is_new(name) for name in peers):
@@ -391,20 +372,5 @@ class Plan:
 
     def _allowed(self, source: str) -> bytes | None:
         """1 for each chunk `source` may bring; None for all."""
-        has = self._sources[source].has
-        if source == HUB or not self._accounts or not self.usable(HUB):
-            return None if has is None else bytes(has)
-        allowed = bytearray(b"\1") * self.chunks if has is None else bytearray(has)
-        for index in self._accounts:  # 4
-            allowed[index] = 0
-        return bytes(allowed)
-
-
-def _unpack(bits: bytes, chunks: int) -> bytearray:
-    """One byte a chunk, 0 or 1, out of one bit a chunk, lowest first."""
-    number = int.from_bytes(bits, "little")
-    text = f"{number:0{chunks}b}"[::-1][:chunks]
-    return bytearray(text.encode().translate(_BITS))
-
-
-_BITS: Final = bytes.maketrans(b"01", b"\0\1")
+        disputed = self._accounts if source != HUB and self.usable(HUB) else ()  # 4
+        return self._roster.allowed(source, disputed)
