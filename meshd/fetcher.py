@@ -15,6 +15,9 @@ from meshd.cache.transfer import child
 from meshd.cache.transfer.words import Credentials, OpenStream, PeerSource, Stream
 from meshd.peers.bulk.dialing import open_stream
 
+NICE = 10
+"""Whoever is waiting for tokens comes first: a fetch takes all the processor time there is."""
+
 
 def dial(credentials: Credentials) -> OpenStream:
     def dialled(peer: PeerSource, wanted: dict[str, Any]) -> tuple[Stream, dict[str, Any]]:
@@ -26,6 +29,7 @@ def dial(credentials: Credentials) -> OpenStream:
 def main() -> None:
     # What huggingface_hub logs goes to standard error, errors only: each becomes news as well.
     logging.basicConfig(level=logging.ERROR)
+    os.nice(NICE)
     status = child.main(sys.stdin.buffer, sys.stdout.buffer, dial)
     # Threads that still wait for the network have nothing to say any more.
     os._exit(status)

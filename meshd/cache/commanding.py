@@ -211,6 +211,7 @@ class CacheCommander:
             raise asyncio.CancelledError from None
         finally:
             halt.set()
+        self._room.preparer.verified_bytes += total
         return _Hashed(total, {one.path: one.problem for one in checked if one.problem})
 
     # -- what is meant ----------------------------------------------------------------------------

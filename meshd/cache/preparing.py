@@ -93,6 +93,8 @@ class Preparer:
         self._turns: dict[HubRef, asyncio.Lock] = {}
         self.busy_with: dict[HubRef, int] = {}
         """References that somebody waits for, and how many do."""
+        self.verified_bytes = 0
+        """Hashed since the process began, what was fetched included."""
 
     def parse(self, ref: str) -> Reference:
         """What `ref` names; a path into the Hugging Face cache is what it is on the hub. Raises
@@ -225,6 +227,7 @@ class Preparer:
             raise asyncio.CancelledError from None
         finally:
             abandoned.set()
+        self.verified_bytes += verdict.unverified_bytes
 
     # -- fetching ---------------------------------------------------------------------------------
 
@@ -255,6 +258,7 @@ class Preparer:
             raise failure(end, verdict, _repair(wanted))
         assert isinstance(end, Done), "a fetch ends with one of the two"
         assert manifest is not None, "and is done only with what it resolved"
+        self.verified_bytes += end.fetched_bytes
         got = ", ".join(f"{format_size(count)} from {who}" for who, count in end.sources.items())
         log.info("model %s: the weights are whole%s", name, f" ({got})" if got else "")
         return manifest

@@ -201,7 +201,7 @@ class CacheRoom:
             yield one
 
     async def _start(self, fetch: Any, order: FetchOrder) -> Any:
-        command = self._guarded([sys.executable, "-m", "meshd.fetcher"])
+        command = self._guarded([sys.executable, "-P", "-m", "meshd.fetcher"])
         try:
             return await fetch.start(order, command, environment_of_children())
         except OSError as error:

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from meshd.peers.links.streams import Open
     from meshd.peers.mesh import MeshService
 
-CARRIER = (sys.executable, "-m", "meshd.carrier")
-"""The command line of the process that serves bulk streams."""
+CARRIER = (sys.executable, "-P", "-m", "meshd.carrier")
+"""The command line of the process that serves bulk streams; whatever lies in the directory the
+daemon was started in is not imported."""
 
 
 class MeshNeighbours:

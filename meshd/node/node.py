@@ -263,6 +263,8 @@ class Node:
         """For `/metrics`, what is not the API's."""
         restarts = self._models.restarts if self._models is not None else 0
         yield "meshd_child_restarts_total", {"kind": "llama-server"}, restarts
+        verified = self._cache.preparer.verified_bytes if self._cache is not None else 0
+        yield "meshd_cache_verified_bytes_total", {}, verified
         received, sent = self._mesh.gossip_bytes() if self._mesh is not None else (0, 0)
         yield "meshd_gossip_bytes_total", {"direction": "in"}, received
         yield "meshd_gossip_bytes_total", {"direction": "out"}, sent
