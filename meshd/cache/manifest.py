@@ -33,7 +33,7 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 def _stays_inside(path: str) -> str:
     if any(part in ("", ".", "..") for part in path.split("/")):
-        raise ValueError("a path must lead to a file of the repository")
+        raise ValueError(f"`{path}` leads elsewhere, or nowhere")
     return path
 
 
@@ -69,7 +69,11 @@ class Manifest(BaseModel):
 
     repo: RepoName
     revision: Revision
-    branch: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_./-]{1,200}$")] = "main"
+    branch: Annotated[
+        str,
+        StringConstraints(pattern=r"^[A-Za-z0-9_./-]{1,200}$"),
+        AfterValidator(_stays_inside),
+    ] = "main"
     """What was asked for; `refs/<branch>` in the Hugging Face cache names `revision`."""
     shards: Annotated[tuple[Shard, ...], Field(min_length=1, max_length=MAX_SHARDS)]
     """In order; one for a model that is not split."""
