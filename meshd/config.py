@@ -85,6 +85,8 @@ class EngineSettings(Section):
     """An idle engine generates one token this often, to prove it still can; 0 turns it off."""
     stop_grace_s: Seconds = 10.0
     """From SIGTERM to SIGKILL."""
+    reprove_s: Annotated[float, Field(ge=10, le=30 * 86_400)] = 3600.0
+    """The engine and its devices are proved again this often, and when something changed."""
     restart_budget: int = Field(5, ge=0, le=100)
     """Restarts within `restart_window_s` before the engine is degraded, and then given up."""
     restart_window_s: Seconds = 600.0
@@ -159,6 +161,8 @@ class Config(Section):
     """Parent of `meshd/runtimes` (`$XDG_CACHE_HOME`, else `~/.cache`)."""
     runtime_dir: Path | None = None
     """Directory with a llama-server of your own."""
+    require_gpu: bool = False
+    """Refuse to start, instead of running on the CPU, when the proof of a GPU fails."""
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     drain_s: Seconds = 30.0

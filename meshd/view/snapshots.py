@@ -153,6 +153,12 @@ class DeviceView:
     unified: bool
     """Device memory is the machine's memory (CPU, GB10, Apple)."""
     compute_capability: str | None
+    engine_name: str | None = None
+    """What the engine's own binary calls it (`CUDA0`); None if it does not list it."""
+    driver: str | None = None
+    """Version of the driver that was asked."""
+    problem: str | None = None
+    """Why it cannot be used, or what its witnesses disagree on; None if they agree."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,13 +168,43 @@ class BinaryView:
     sha256: str
 
 
+class Layer(StrEnum):
+    """What of an engine is proved, from the ground up; each needs those before it."""
+
+    BINARY = "binary"
+    """It is what it claims to be: files, hashes, build flags, version."""
+    BACKEND = "backend"
+    """It lists the device, and was built for it."""
+    RUNTIME = "runtime"
+    """A model ran on the device, and the driver saw it there."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerView:
+    """One layer of a proof."""
+
+    layer: Layer
+    passed: bool
+    checked_at: float
+    """Unix time."""
+    evidence: tuple[str, ...]
+    """What was seen, one line each, in the order it was looked at."""
+    problem: str | None = None
+    """Why it did not pass, in words that say what to do."""
+
+
 @dataclass(frozen=True, slots=True)
 class ProofView:
     level: str
-    """`none`, `binary` (it is what it claims to be), `backend` (it lists the device), `runtime`."""
+    """The highest layer that passed with all below it: `none`, or a word of `Layer`."""
     passed: bool
+    """Every layer that applies did."""
     checked_at: float
     evidence: tuple[str, ...]
+    """Of all layers together."""
+    layers: tuple[LayerView, ...] = ()
+    problem: str | None = None
+    """Of the first layer that did not pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,11 +213,14 @@ class RuntimeView:
 
     id: str
     backend: str
+    """What models run on here as far as that is proved: `cpu` unless a device is."""
     build: str
     rpc_protocol: str | None
     directory: str
     binaries: tuple[BinaryView, ...]
     proof: ProofView
+    built_for: str = "cpu"
+    """The backend it was built for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +302,10 @@ class PeerView:
     models: tuple[PeerModel, ...] = ()
     weights: frozenset[str] = frozenset()
     """Digests of the sets it says it holds verified."""
+    backend: str = "cpu"
+    """What its engine runs models on, as far as it proved that."""
+    proof: ProofView | None = None
+    """The evidence it gives; None of a node that runs no engine."""
 
 
 @dataclass(frozen=True, slots=True)
