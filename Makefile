@@ -38,6 +38,7 @@ bench: system venv engine ## the benchmarks; prints tables, writes bench/results
 	$(BIN)/python -m bench.start
 	$(BIN)/python -m bench.proxy
 	$(BIN)/python -m bench.mesh
+	$(BIN)/python -m bench.cache
 
 soak: venv engine ## the long runs
 	MESHD_SOAK=1 HYPOTHESIS_PROFILE=soak $(PYTEST) -m "engine or slow" $(ARGS)
