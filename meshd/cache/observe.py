@@ -50,23 +50,24 @@ def observe(path: Path | str, headers: Headers | None = None) -> Observation:
 def explain_missing(
     seen: Observation, expected: Expected, places: Places, repo: str
 ) -> Observation:
-    """`seen`; or, if it is missing, why: another program is just downloading it, or only the link
-    to its bytes is not there."""
+    """`seen`; or, if it is missing, why: another program is just downloading it, only the link to
+    its bytes is not there, or a download of it did not end."""
     if seen.fault is not Fault.MISSING or expected.sha256 is None:
         return seen
     blob = places.blob(repo, expected.sha256)
     if is_locked(places.lock(repo, expected.sha256)):
         # Blocks, not size: some programs make the file as large as it will be, then fill it.
-        partials = blob.parent.glob(f"{blob.name}*.incomplete")
-        there = format_size(max((_allocated(partial) for partial in partials), default=0))
-        whole = f" of {format_size(expected.size)}" if expected.size is not None else ""
+        there = _downloaded(blob, expected)
         return Observation(
             seen.path,
             fault=Fault.ELSEWHERE,
-            problem=f"is being downloaded by another program, {there}{whole} so far",
+            problem=f"is being downloaded by another program, {there or 'nothing'} so far",
         )
     if blob.exists():
         problem = f"{seen.problem}, though its bytes are in {blob}"
+        return Observation(seen.path, fault=Fault.MISSING, problem=problem)
+    if there := _downloaded(blob, expected):
+        problem = f"{seen.problem}; a download that did not end has {there}"
         return Observation(seen.path, fault=Fault.MISSING, problem=problem)
     return seen
 
@@ -176,6 +177,17 @@ def _unreadable(path: str, error: OSError) -> Observation:
         return Observation(path, fault=Fault.FOREIGN, problem=problem)
     problem = f"cannot be read: {error.strerror or error}"
     return Observation(path, fault=Fault.CORRUPT, problem=problem)
+
+
+def _downloaded(blob: Path, expected: Expected) -> str:
+    """`1.2 GB of 4.8 GB` of what a download has got; empty for nothing."""
+    # Blocks, not size: some programs make the file as large as it will be, then fill it.
+    partials = blob.parent.glob(f"{blob.name}*.incomplete")
+    there = max((_allocated(partial) for partial in partials), default=0)
+    if not there:
+        return ""
+    whole = f" of {format_size(expected.size)}" if expected.size is not None else ""
+    return f"{format_size(there)}{whole}"
 
 
 def _allocated(path: Path) -> int:

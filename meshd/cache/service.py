@@ -49,6 +49,11 @@ class CacheService(Service):
 
     async def _look(self) -> None:
         """Show and offer what lies here, whenever that may have changed."""
+        for pin in self._room.settings.pins:
+            try:
+                self._room.identify(pin)
+            except MeshdError as error:
+                log.warning("`cache.pins` protects nothing by `%s`: %s", pin, error.message)
         while True:
             self._changed.clear()
             try:
