@@ -32,8 +32,19 @@ class Binary(BaseModel):
         return (status.st_size, status.st_mtime_ns) == (self.size, self.mtime_ns)
 
 
+class BuiltFile(BaseModel):
+    """A program or library as the compiler left it, before it was installed."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    name: str
+    sha256: str
+    size: int
+    mtime_ns: int
+    """When it was linked."""
+
+
 class BuildFacts(BaseModel):
-    """How an engine built here came to be."""
+    """How an engine built here came to be. Fields with a default are not in older records."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
     source: str
@@ -47,6 +58,13 @@ class BuildFacts(BaseModel):
     """`cpu_features()` of the machine it was built on and for; empty if unknown."""
     built_at: float
     """Unix time."""
+    device_compiler: str = ""
+    """Release of nvcc, as in `13.0`; empty for other backends."""
+    cache_written_at: float | None = None
+    """Unix time of its CMakeCache.txt; every file of `built_files` is younger."""
+    built_files: tuple[BuiltFile, ...] = ()
+    """Regular files of the build that were installed, by name. Their hashes were compared with
+    those of the installed copies."""
 
 
 def cpu_features(proc: Path = Path("/proc")) -> str:
