@@ -12,7 +12,7 @@ import re
 import socket
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -215,6 +215,12 @@ class Loaded:
 
     config: Config
     sources: Mapping[str, str]
+    flags: Mapping[str, Any] = field(default_factory=dict, repr=False)  # may hold secrets
+    file: Path | None = None
+
+    def again(self) -> Loaded:
+        """The same, with what is in the files now. Raises BadConfig."""
+        return load(self.flags, file=self.file)
 
 
 def load(
@@ -256,8 +262,9 @@ def load(
     _check_ports(config)
     if config.client and config.model:
         raise BadConfig("a client node hosts no models; leave --model out", param="model")
-    _check_exposure(config)
-    return Loaded(config, {k: v for k, v in sources.items() if v != "default"})
+    check_exposure(config)
+    origins = {k: v for k, v in sources.items() if v != "default"}
+    return Loaded(config, origins, flags or {}, file)
 
 
 def known_keys() -> tuple[str, ...]:
@@ -303,7 +310,7 @@ def environment_of_children(extra: Mapping[str, str] | None = None) -> dict[str,
     kept = {
         key: value
         for key, value in os.environ.items()
-        if not key.startswith((ENVIRONMENT_PREFIX, "LLAMA_ARG_")) and key != "NOTIFY_SOCKET"
+        if not key.startswith((ENVIRONMENT_PREFIX, "LLAMA_ARG_", "NOTIFY_", "WATCHDOG_"))
     }
     kept.update(extra or {})
     return kept
@@ -323,6 +330,20 @@ def under_journal() -> bool:
     """Whether standard error is the systemd journal, which stamps lines itself."""
     status = os.fstat(2)
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def notify_socket() -> str | None:
+    """Where the service manager that started this process listens; see `kernel.notify`."""
+    return os.environ.get("NOTIFY_SOCKET")
+
+
+def watchdog_limit_s() -> float | None:
+    """How long the service manager waits for a sign of life of this process; None: it does not.
+    sd_watchdog_enabled(3): the variables may have been meant for a parent."""
+    limit, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID")
+    if not limit.isdecimal() or int(limit) == 0 or pid not in (None, str(os.getpid())):
+        return None
+    return int(limit) / 1_000_000
 
 
 # -- layers ---------------------------------------------------------------------------------------
@@ -437,7 +458,8 @@ def _check_ports(config: Config) -> None:
             )
 
 
-def _check_exposure(config: Config) -> None:
+def check_exposure(config: Config) -> None:
+    """Raises BadConfig if strangers could use the API, or a socket would have too long a name."""
     host, _ = config.listen_address
     if not is_loopback(host) and config.api_key is None:
         raise BadConfig(

@@ -21,15 +21,16 @@ OPEN_PATHS = frozenset(("/livez", "/readyz"))
 
 class Access:
     def __init__(self, config: Config) -> None:
-        self._key = None if config.api_key is None else config.api_key.encode()
+        self._key: bytes | None = None
+        self.use_key(config.api_key)
         names = {"localhost", config.name.lower(), f"{config.name.lower()}.local"}
         self._names = names | {name.lower() for name in config.api.allowed_hosts}
         self._origins = frozenset(o.lower().rstrip("/") for o in config.api.allowed_origins)
         self._good_hosts: set[bytes] = set()
 
-    @property
-    def wants_key(self) -> bool:
-        return self._key is not None
+    def use_key(self, key: str | None) -> None:
+        """From now on requests need this key; None: they need none."""
+        self._key = None if key is None else key.encode()
 
     def check_host(self, host: bytes) -> None:
         """Raises HostNotAllowed."""

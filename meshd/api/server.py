@@ -96,6 +96,12 @@ class ApiServer(Service):
         in flight goes on. (Draining by hand is the view's `node.state`, and can be undone.)"""
         self._relay.draining = True
 
+    def use_key(self, key: str | None) -> None:
+        """Ask for this API key from the next request on; None asks for none."""
+        self._config = self._config.model_copy(update={"api_key": key})
+        if self._front is not None:
+            self._front.access.use_key(key)
+
     def hurry(self) -> None:
         """Do not wait for requests in flight any longer."""
         self._hurry.set()

@@ -58,6 +58,13 @@ class Driver(Generic[E, O]):
             self._running = False
         self._arm()
 
+    @property
+    def overdue_s(self) -> float:
+        """How long ago the machine wanted waking. More than a moment means that nobody will: an
+        order failed inside a timer, and the machine stands still for ever."""
+        due = None if self._closed else self.machine.due()
+        return 0.0 if due is None else max(0.0, self._clock.now() - due)
+
     def close(self) -> None:
         """Stop for good: no timer, no event after this."""
         self._closed = True

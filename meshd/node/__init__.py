@@ -6,6 +6,7 @@ May come in: every room. May not come in: argv (cli), and whatever could be deci
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import sys
 
 from meshd.config import Loaded, under_journal
@@ -18,6 +19,7 @@ from meshd.node.node import Node
 def run(loaded: Loaded) -> int:
     """Be a node until told to stop. Returns the exit code; raises MeshdError if it cannot start."""
     config = loaded.config
+    faulthandler.enable()  # a watchdog ends a hung process with SIGABRT: say where it hung
     try:
         config.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         config.data_dir.chmod(0o700)
@@ -32,7 +34,7 @@ def run(loaded: Loaded) -> int:
             config.log_level, config.log_format, config.log_dir, journal=under_journal()
         )
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            return runner.run(Node(config).run())
+            return runner.run(Node(loaded).run())
     finally:
         lock.release()
 

@@ -3,6 +3,8 @@
 Start, in this order: the data directory is locked, the API listens (the port answers from here on),
 the admin socket, then everything slow behind them. Stop, on SIGTERM or SIGINT: new requests are
 refused, those in flight finish within `drain_s`, engines end, sockets go. A second signal hurries.
+SIGHUP reads the configuration again (`reload.py`); in a terminal, which sends it when it is
+closed, it stops the node.
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ import importlib
 import logging
 import random
 import signal
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from meshd import __version__
 from meshd.api import ApiServer
-from meshd.config import Config
+from meshd.config import Loaded
 from meshd.errors import MeshdError
 from meshd.ids import ModelId, NodeId
 from meshd.kernel import (
@@ -29,6 +32,8 @@ from meshd.kernel import (
     Pool,
     ServiceStack,
 )
+from meshd.node.reload import reload
+from meshd.node.service_manager import ServiceManager
 from meshd.node.survey import Survey
 from meshd.view import NodeState, NodeView, Preparing, Role, Target, View
 
@@ -57,12 +62,16 @@ _OTHER_ROOMS = (
     "meshd.peers.mesh",
 )
 
+END_LIMIT_S = 60.0
+"""What a stop may take beyond `drain_s`: services end one after the other, engines the longest."""
+
 
 class Node:
     """One run of a node; `run` is called once, inside the loop it belongs to."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, loaded: Loaded) -> None:
+        self._loaded = loaded
+        config = self.config = loaded.config
         self._clock = MonotonicClock()
         self._recorder = FlightRecorder()
         self._rng = random.Random()  # the one source of chance, handed to the shells
@@ -84,6 +93,7 @@ class Node:
             peer_listen=None,
         )
         self._board = Board(View(node=node))
+        self._manager = ServiceManager(self._board)
 
     async def run(self) -> int:
         api = ApiServer(
@@ -98,12 +108,14 @@ class Node:
         host, port = api.bind()
         self._set_node(listen=f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
         stack = ServiceStack()
-        self._install_signals()
+        self._install_signals(api)
+        self._manager.follow()
         try:
             await stack.start(api)
             log.info("API listens on http://%s/v1", self._board.current.node.listen)
             await self._start_rooms(stack, api)
             self._set_node(state=NodeState.READY)
+            self._manager.ready()
             # What is alive now stays: full collections need not walk it again.
             gc.collect()
             gc.freeze()
@@ -143,6 +155,9 @@ class Node:
         await stack.start(mesh)
         await stack.start(discovery)
         await stack.start(Survey(self.config, self._board, self._pool))
+        assert self._models is not None, "started above, for clients too"
+        if watchdog := self._manager.watchdog(self._models.overdue_s, clock=self._clock):
+            await stack.start(watchdog)
 
     async def _import(self, modules: tuple[str, ...]) -> None:
         # In a thread, so that the API answers while all this is read from disk and compiled.
@@ -306,9 +321,14 @@ class Node:
 
     # -- signals ----------------------------------------------------------------------------------
 
-    def _install_signals(self) -> None:
+    def _install_signals(self, api: ApiServer) -> None:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        ends = [signal.SIGTERM, signal.SIGINT]
+        if sys.stdin is not None and sys.stdin.isatty():
+            ends.append(signal.SIGHUP)  # the terminal was closed, and the node goes with it
+        else:
+            loop.add_signal_handler(signal.SIGHUP, self._reload, api)
+        for number in ends:
             loop.add_signal_handler(number, self._signalled, number)
 
     def _signalled(self, number: signal.Signals) -> None:
@@ -318,6 +338,20 @@ class Node:
         else:
             log.info("%s: draining for at most %.0f s", number.name, self.config.drain_s)
             self._stop.set()
+
+    def _reload(self, api: ApiServer) -> None:
+        # Some kilobytes of files, now and then: no reason to go through a pool.
+        self._manager.reloading()
+        try:
+            new = reload(self.config, self._loaded.again().config)
+        except MeshdError as error:
+            log.error("SIGHUP: everything stays as it is: %s", error.message)
+        else:
+            self.config = new.config
+            logging.getLogger().setLevel(new.config.log_level.upper())
+            api.use_key(new.config.api_key)
+            log.warning("SIGHUP: %s", new.words())
+        self._manager.ready()
 
     # -- end --------------------------------------------------------------------------------------
 
@@ -346,6 +380,7 @@ class Node:
 
     async def _shut_down(self, stack: ServiceStack, api: ApiServer) -> None:
         api.refuse_new()
+        self._manager.stopping(self.config.drain_s + END_LIMIT_S)
         self._set_node(state=NodeState.DRAINING)
         if self._exit_code == 0:
             await self._drain(api)

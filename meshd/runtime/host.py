@@ -151,6 +151,10 @@ class ModelHost(Service):
         facts = [e.facts for e in self._machine.entries.values() if e.facts is not None]
         return frozenset(f.first_shard for f in facts) | {f.digest for f in facts if f.digest}
 
+    def overdue_s(self) -> float:
+        """How long the supervision of engines stands still; 0.0 when all of it moves."""
+        return max([self._driver.overdue_s, *(e.overdue_s for e in self._engines.values())])
+
     # -- service ----------------------------------------------------------------------------------
 
     async def main(self) -> None:

@@ -169,6 +169,11 @@ class EngineSupervisor:
         """Drain for at most `drain_s`, then end the process. A later call can only hurry."""
         self._driver.post(StopAsked(drain_s))
 
+    @property
+    def overdue_s(self) -> float:
+        """How long this supervisor has not done what it meant to do by now; see `Driver`."""
+        return self._driver.overdue_s
+
     async def wait_stopped(self) -> None:
         await self._stopped.wait()
 
