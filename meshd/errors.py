@@ -174,6 +174,12 @@ class EngineMissing(MeshdError):
     code, status = "engine_missing", 503
 
 
+class GpuRequired(MeshdError):
+    """`--require-gpu`, and no device of the engine is proved; the message says what failed."""
+
+    code, status, exit_code = "gpu_required", 503, 78
+
+
 class EngineRejected(MeshdError):
     """A directory of binaries that was looked at and is not usable; the message says why."""
 

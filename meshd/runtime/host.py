@@ -52,6 +52,7 @@ from meshd.view import (
     ModelState,
     ModelView,
     Preparing,
+    RuntimeView,
     Target,
     View,
     with_local,
@@ -80,6 +81,8 @@ class Rooms:
     last_request_at: Callable[[InstanceId], float | None]
     always_listed: Mapping[ModelId, str]
     """Models that can be loaded any time, with their REFs."""
+    shown: Callable[[RuntimeRecord], RuntimeView] = RuntimeRecord.to_view
+    """What to say of an engine that was found; whoever proves engines hears of it here."""
     hosts: bool = True
     """False for a client node, which loads nothing."""
 
@@ -154,6 +157,11 @@ class ModelHost(Service):
     def overdue_s(self) -> float:
         """How long the supervision of engines stands still; 0.0 when all of it moves."""
         return max([self._driver.overdue_s, *(e.overdue_s for e in self._engines.values())])
+
+    def serving_pids(self) -> frozenset[int]:
+        """Of the engines that answer."""
+        reports = (engine.report for engine in self._engines.values())
+        return frozenset(r.pid for r in reports if r.state is ChildState.READY and r.pid)
 
     # -- service ----------------------------------------------------------------------------------
 
@@ -233,7 +241,8 @@ class ModelHost(Service):
     def _engine_found(self, record: RuntimeRecord) -> None:
         self._binary = Path(record.server_path)
         log.info("engine %s: %s at %s", record.id, record.version, record.server_path)
-        self._board.publish(replace(self._board.current, runtime=record.to_view()))
+        runtime = self._rooms.shown(record)
+        self._board.publish(replace(self._board.current, runtime=runtime))
         self._post(EngineFound())
 
     def _start(self, effect: StartEngine) -> None:

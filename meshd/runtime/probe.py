@@ -65,15 +65,14 @@ def probe(
     server = directory / SERVER
     if not server.is_file():
         raise EngineRejected(f"{directory} has no {SERVER}")
-    version = _version(_ask(server, "--version", limit_s), server)
+    version = ask_version(server, limit_s)
     missing = missing_features(_ask(server, "--help", limit_s))
     if missing:
         raise EngineRejected(
             f"{server} ({version}) does not know {', '.join(missing)}; it is too old for meshd: "
             + _REBUILD
         )
-    listing = _ask(server, "--list-devices", limit_s)
-    devices = tuple(f"{m['name']}: {m['what'].strip()}" for m in _DEVICE.finditer(listing))
+    devices = ask_devices(server, limit_s)
     try:
         binaries = tuple(_binary(path) for path in engine_files(directory))
     except OSError as error:
@@ -89,6 +88,18 @@ def probe(
         probed_at=time.time(),
         build=build,
     )
+
+
+def ask_version(server: Path, limit_s: float = ANSWER_LIMIT_S) -> str:
+    """What `--version` says. Blocking. Raises EngineRejected."""
+    return _version(_ask(server, "--version", limit_s), server)
+
+
+def ask_devices(server: Path, limit_s: float = ANSWER_LIMIT_S) -> tuple[str, ...]:
+    """What `--list-devices` says, as in `CUDA0: NVIDIA H200 (143771 MiB, 143000 MiB free)`.
+    Blocking; initialises drivers. Raises EngineRejected."""
+    listing = _ask(server, "--list-devices", limit_s)
+    return tuple(f"{m['name']}: {m['what'].strip()}" for m in _DEVICE.finditer(listing))
 
 
 def engine_files(directory: Path) -> tuple[Path, ...]:

@@ -87,6 +87,22 @@ async def generate(socket_path: str, limit_s: float) -> NotYet | Wrong | None:
     return Wrong(f"a generation of one token answered {answer.status}: {answer.text()}")
 
 
+async def measure(socket_path: str, tokens: int, limit_s: float) -> float | Wrong:
+    """Tokens per second of a short answer, as the engine counted them."""
+    asked = {"prompt": "1", "n_predict": tokens, "cache_prompt": False, "ignore_eos": True}
+    try:
+        answer = await _ask(socket_path, "POST", "/completion", orjson.dumps(asked), limit_s)
+    except _NotAsked:
+        return Wrong("this process ran out of files or memory")
+    if answer is None:
+        return Wrong(f"no answer of {tokens} tokens within {limit_s:g} s")
+    body: Any = answer.json() if answer.status == 200 else None
+    try:
+        return float(body["timings"]["predicted_per_second"])
+    except (KeyError, TypeError, ValueError):
+        return Wrong(f"an answer of {tokens} tokens came as {answer.status}: {answer.text()}")
+
+
 _ONE_TOKEN = orjson.dumps({"prompt": "1", "n_predict": 1, "cache_prompt": False})
 
 

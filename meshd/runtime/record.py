@@ -122,27 +122,35 @@ class RuntimeRecord(BaseModel):
         moved = [b.model_copy(update={"path": str(directory / b.name)}) for b in self.binaries]
         return self.model_copy(update={"directory": str(directory), "binaries": tuple(moved)})
 
+    @property
+    def lists_its_devices(self) -> bool:
+        """Whether the probe saw a device it was built for; an engine for the CPU needs none."""
+        return bool(self.devices) or self.backend == "cpu"
+
     def to_view(self) -> RuntimeView:
-        """What status shows. The proof claims what the probe saw and no more: `backend` that a
-        device of the backend was listed (not that a model ran on it), else `binary`."""
+        """What status shows before the engine is proved (`runtime/proof`): what the probe saw, and
+        `cpu` whatever it was built for. No model ran yet, so only one for the CPU passes."""
         built = "built here" if self.build is not None else f"adopted from {self.directory}"
         on_cpu = self.backend == "cpu"
-        listed = self.devices or on_cpu
         evidence = (
             f"--version: {self.version}",
             f"--list-devices: {', '.join(self.devices) or 'none'}"
             + (" (CPU only)" if on_cpu else "")
-            + ("" if listed else f"; it is for {self.backend} but would run on the CPU here"),
+            + (
+                ""
+                if self.lists_its_devices
+                else f"; it is for {self.backend} but would run on the CPU here"
+            ),
             f"{built}; every flag meshd uses is in its --help",
         )
+        problem = None if on_cpu else f"no model has been seen to run on {self.backend} here yet"
         return RuntimeView(
             id=self.id,
-            backend=self.backend,
+            backend="cpu",
             build=self.version,
             rpc_protocol=self.rpc_protocol,
             directory=self.directory,
             binaries=tuple(BinaryView(b.name, b.path, b.sha256) for b in self.binaries),
-            proof=ProofView(
-                "binary" if on_cpu else "backend", bool(listed), self.probed_at, evidence
-            ),
+            proof=ProofView("binary", on_cpu, self.probed_at, evidence, problem=problem),
+            built_for=self.backend,
         )

@@ -74,15 +74,17 @@ def test_backend_is_what_the_engine_lists(
 ) -> None:
     record = probe(make_engine(tmp_path / "e", devices=listing))
     assert (record.backend, len(record.devices)) == (backend, count)
+    assert record.lists_its_devices
     view = record.to_view()
-    assert view.proof.level == ("binary" if backend == "cpu" else "backend")
-    assert view.proof.passed
+    assert (view.backend, view.built_for) == ("cpu", backend)
+    assert view.proof.passed == (backend == "cpu")
 
 
-def test_an_engine_that_lists_no_device_of_its_backend_fails_its_proof(tmp_path: Path) -> None:
+def test_an_engine_that_lists_no_device_of_its_backend_says_so(tmp_path: Path) -> None:
     record = probe(make_engine(tmp_path / "e")).model_copy(update={"backend": "cuda"})
     proof = record.to_view().proof
-    assert (proof.level, proof.passed) == ("backend", False)
+    assert not record.lists_its_devices
+    assert (proof.level, proof.passed) == ("binary", False)
     assert "would run on the CPU" in " ".join(proof.evidence)
 
 
