@@ -16,6 +16,20 @@ if TYPE_CHECKING:
     from meshd.runtime.registry import Registry
 
 
+def _architectures(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> str | None:
+    """`sm_90,12.1` in CMake's words; `native` is what this machine has, the default."""
+    if value is None or value == "native":
+        return None
+    from meshd.runtime.nvcc import parse_architectures
+
+    try:
+        return ";".join(parse_architectures(value))
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
 @click.group()
 def runtime() -> None:
     """The llama.cpp engines of this machine."""
@@ -51,7 +65,12 @@ def list_runtimes(as_json: bool) -> int:
     required=True,
     help="What it computes on.",
 )
-@click.option("--cuda-arch", metavar="LIST", help="CUDA architectures, as in 121 or 90;100.")
+@click.option(
+    "--cuda-arch",
+    metavar="LIST",
+    callback=_architectures,
+    help="CUDA architectures, as in 121 or 90;100 (default: those of this machine's GPUs).",
+)
 @click.option("--source", metavar="S", help="Directory, tarball or git+URL@TAG (default: pinned).")
 @click.option("--jobs", type=click.IntRange(min=1), help="Compilers at once.")
 @click.option("--if-missing", is_flag=True, help="Do nothing if there is a usable engine.")
@@ -67,8 +86,8 @@ def build(
     """Build an engine from source; an interrupted build goes on where it stopped."""
     if cuda_arch is not None and backend != "cuda":
         raise click.UsageError(f"--cuda-arch goes with --backend cuda, not {backend}")
-    from meshd.runtime.build import BuildOptions
     from meshd.runtime.build import build as run_build
+    from meshd.runtime.choices import BuildOptions
 
     record = _running(_registry()) if if_missing else None
     if record is None:

@@ -7,6 +7,8 @@ build goes on where it stopped. What is published appears by one rename: nothing
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import errno
 import fcntl
 import hashlib
 import os
@@ -15,80 +17,26 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-from meshd.errors import BuildFailed, EngineRejected, NoSpace
-from meshd.kernel.files import write_atomic
-from meshd.runtime.devices import read_memory
-from meshd.runtime.probe import RPC_SERVERS, SERVER, probe
+from meshd.errors import BuildFailed, NoSpace, ToolMissing
+from meshd.runtime.choices import BuildOptions, cmake_args, not_taken, read_cache
+from meshd.runtime.devices import read_devices, read_memory
+from meshd.runtime.nvcc import architectures_of, parse_architectures, why_unfit
+from meshd.runtime.publish import TARGETS, publish
 from meshd.runtime.record import BuildFacts, RuntimeRecord, cpu_features
-from meshd.runtime.registry import RECORD, Registry
+from meshd.runtime.registry import Registry
 from meshd.runtime.sources import PINNED, PinnedSource, Source, obtain
 from meshd.runtime.steps import fraction_of, run_step
-from meshd.runtime.toolchain import Toolchain, find_toolchain
+from meshd.runtime.toolchain import Toolchain, ask_nvcc, can_link_driver, find_toolchain
 
-BACKENDS = ("cpu", "cuda", "rocm", "vulkan", "metal")
-TARGETS = (SERVER, RPC_SERVERS[0], "llama-gguf-split", "llama-bench")
 BYTES_PER_JOB = 1_610_612_736
 """Memory the heaviest files of llama.cpp need to compile: 1.5 GiB."""
 SPACE_BYTES = {"cpu": 500_000_000, "cuda": 4_000_000_000}
 """Free disk a build wants, by backend; others are reckoned like CUDA."""
 
-_BACKEND_FLAGS = {
-    "cpu": (),
-    "cuda": (
-        *("-DGGML_CUDA=ON", "-DGGML_CUDA_FA=ON", "-DGGML_CUDA_FA_ALL_QUANTS=ON"),
-        "-DGGML_CUDA_NCCL=OFF",
-    ),
-    "rocm": ("-DGGML_HIP=ON",),
-    "vulkan": ("-DGGML_VULKAN=ON",),
-    "metal": ("-DGGML_METAL=ON",),
-}
-
 Progress = Callable[[str, float], None]
 """Called with words for the current step and the fraction done, 0..1."""
-
-
-@dataclass(frozen=True, slots=True)
-class BuildOptions:
-    backend: str = "cpu"
-    cuda_arch: str | None = None
-    """CMake's notation: `121`, `90;100`; None is what this machine has."""
-    source: str | None = None
-    jobs: int | None = None
-
-
-def cmake_args(options: BuildOptions, commit: str) -> tuple[str, ...]:
-    """Every choice of the build that a machine could make otherwise, explicit.
-
-    The code is for this machine's processor (`GGML_NATIVE`), so an engine's id has its features in
-    it, and `Registry.find` passes over engines of another one. `commit` is what `--version` will
-    say; an unpacked archive has no git to ask.
-    """
-    arguments = [
-        "-DCMAKE_BUILD_TYPE=Release",
-        "-DGGML_RPC=ON",
-        "-DGGML_NATIVE=ON",
-        "-DGGML_OPENMP=ON",
-        "-DGGML_CCACHE=OFF",
-        "-DBUILD_SHARED_LIBS=ON",
-        "-DLLAMA_BUILD_TESTS=OFF",
-        "-DLLAMA_BUILD_EXAMPLES=OFF",
-        "-DLLAMA_BUILD_UI=OFF",
-        "-DLLAMA_USE_PREBUILT_UI=OFF",
-        # Binaries find their libraries beside themselves, wherever they are moved.
-        "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON",
-        "-DCMAKE_INSTALL_RPATH=$ORIGIN",
-        f"-DLLAMA_BUILD_COMMIT={commit}",
-        *_BACKEND_FLAGS[options.backend],
-    ]
-    if options.backend != "cpu":
-        # The vendor's libraries may lie where the loader does not look.
-        arguments.append("-DCMAKE_INSTALL_RPATH_USE_LINK_PATH=ON")
-    if options.backend == "cuda":
-        arguments.append(f"-DCMAKE_CUDA_ARCHITECTURES={options.cuda_arch or 'native'}")
-    return tuple(arguments)
 
 
 def default_jobs(cpus: int, memory_bytes: int) -> int:
@@ -108,35 +56,121 @@ def build(
     A finished build of the same source and options is returned as it is.
     """
     registry = Registry(cache_dir)
-    registry.directory.mkdir(parents=True, exist_ok=True)
-    _check_space(registry.directory, options.backend)
-    progress("looking for the tools", 0.0)
-    tools = find_toolchain(options.backend, cache_dir / "meshd" / "tools")
-    progress("fetching the source", 0.0)
-    source = obtain(options.source, cache_dir / "meshd" / "sources", pinned)
-    runtime_id = _runtime_id(source, options, tools)
-    with _lock(registry.directory / f".{runtime_id}.lock", progress):
-        for record in registry.list():
-            if record.id == runtime_id and record.unchanged():
-                return record
-        work = registry.directory / f".{runtime_id}.build"
-        work.mkdir(exist_ok=True)
-        log = registry.directory / f"{runtime_id}.log"
-        log.write_bytes(b"")
-        _configure(tools, source, options, work, log, progress)
-        _compile(tools, options, work, log, progress)
-        progress("checking what was built", 1.0)
-        record = _publish(registry, runtime_id, source, options, tools, work)
-        shutil.rmtree(work, ignore_errors=True)
-        progress("done", 1.0)
-        return record
+    with _disk_told(registry.directory):
+        registry.directory.mkdir(parents=True, exist_ok=True)
+        _check_space(registry.directory, options.backend)
+        progress("looking for the tools", 0.0)
+        tools = find_toolchain(options.backend, cache_dir / "meshd" / "tools")
+        if options.backend == "cuda":
+            options, tools = _settled(options, tools)
+        progress("fetching the source", 0.0)
+        source = obtain(options.source, cache_dir / "meshd" / "sources", pinned)
+        runtime_id = _runtime_id(source, options, tools)
+        with _lock(registry.directory / f".{runtime_id}.lock", progress):
+            for record in registry.list():
+                if record.id == runtime_id and record.unchanged():
+                    return record
+            return _build(registry, runtime_id, source, options, tools, progress)
+
+
+def _build(
+    registry: Registry,
+    runtime_id: str,
+    source: Source,
+    options: BuildOptions,
+    tools: Toolchain,
+    progress: Progress,
+) -> RuntimeRecord:
+    work = registry.directory / f".{runtime_id}.build"
+    work.mkdir(exist_ok=True)
+    log = registry.directory / f"{runtime_id}.log"
+    log.write_bytes(b"")
+    _configure(tools, source, options, work, log, progress)
+    _compile(tools, options, work, log, progress)
+    progress("checking what was built", 1.0)
+    cache = work / "CMakeCache.txt"
+    facts = BuildFacts(
+        source=source.name,
+        source_sha256=source.sha256,
+        commit=source.commit,
+        cmake_args=cmake_args(options, source.commit),
+        cmake_cache=read_cache(cache.read_text(errors="replace")),
+        compiler=tools.compiler,
+        cpu=cpu_features(),
+        built_at=time.time(),
+        device_compiler=tools.device_release,
+        cache_written_at=cache.stat().st_mtime,
+    )
+    record = publish(registry, runtime_id, options.backend, work / "bin", facts, _protocol(source))
+    shutil.rmtree(work, ignore_errors=True)
+    progress("done", 1.0)
+    return record
+
+
+def _settled(options: BuildOptions, tools: Toolchain) -> tuple[BuildOptions, Toolchain]:
+    """The architectures of a CUDA build, named and within reach of this nvcc; how it links.
+
+    Raises BuildFailed before anything is fetched or compiled.
+    """
+    assert tools.device_compiler is not None, "the toolchain of CUDA has an nvcc"
+    nvcc = ask_nvcc(tools.device_compiler)
+    if options.cuda_arch is None:
+        architectures = _architectures_here()
+    else:
+        try:
+            architectures = parse_architectures(options.cuda_arch)
+        except ValueError as error:
+            raise BuildFailed(f"--cuda-arch: {error}") from None
+    unfit = why_unfit(architectures, nvcc)
+    if unfit is not None:
+        raise ToolMissing(unfit)
+    settled = dataclasses.replace(
+        options, cuda_arch=";".join(architectures), link_driver=can_link_driver(nvcc.path)
+    )
+    return settled, dataclasses.replace(tools, device_release=nvcc.words)
+
+
+def _architectures_here() -> tuple[str, ...]:
+    devices = [device for device in read_devices() if device.backend == "cuda"]
+    found = architectures_of(d.compute_capability for d in devices if d.compute_capability)
+    if not found:
+        seen = f"of {devices[0].name}" if devices else "of any NVIDIA GPU"
+        raise BuildFailed(
+            f"the driver tells no compute capability {seen} here, so the architecture is unknown; "
+            "name it: --cuda-arch 121 is GB10, 90 H100 and H200, 89 RTX 40, 120 RTX 50; "
+            "`nvidia-smi --query-gpu=compute_cap --format=csv` on the machine that will run it "
+            "tells it (12.1 is 121)"
+        )
+    return found
 
 
 def _runtime_id(source: Source, options: BuildOptions, tools: Toolchain) -> str:
     facts = [source.sha256 or source.name, tools.compiler, platform.machine(), cpu_features()]
     facts += cmake_args(options, source.commit)
+    if tools.device_release:
+        facts.append(f"nvcc {tools.device_release}")
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
     return f"{options.backend}-{source.commit}-{digest}"
+
+
+@contextlib.contextmanager
+def _disk_told(directory: Path) -> Iterator[None]:
+    """Errors of the disk in words; what is missing there is what to change."""
+    try:
+        yield
+    except OSError as error:
+        elsewhere = "or set XDG_CACHE_HOME to another disk"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(
+                f"the disk of {directory} is full; make room, {elsewhere}, then build again: it "
+                "goes on"
+            ) from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise BuildFailed(
+                f"{error.filename or directory} cannot be written: {error.strerror}; change its "
+                f"owner, {elsewhere}"
+            ) from None
+        raise
 
 
 @contextlib.contextmanager
@@ -185,6 +219,20 @@ def _configure(
     # An unpacked tree is no repository; git must not take one around the cache for it.
     environ = {"GIT_CEILING_DIRECTORIES": str(source.directory.parent)}
     run_step(command, log, lambda line: None, environ)
+    cache = work / "CMakeCache.txt"
+    text = cache.read_text(errors="replace")
+    wrong = not_taken(cmake_args(options, source.commit), options.backend, text)
+    if wrong:
+        raise BuildFailed(
+            f"CMake did not take the choices of this build: {'; '.join(wrong)} (all of it is in "
+            f"{log} and {cache})"
+        )
+    # A program older than its configuration could be of another one: it is linked again. (CMake
+    # leaves the cache alone when nothing in it changes.)
+    written_at = cache.stat().st_mtime_ns
+    for path in (work / "bin").glob("*"):
+        if path.lstat().st_mtime_ns < written_at:
+            path.unlink()
 
 
 def _compile(
@@ -199,65 +247,6 @@ def _compile(
 
     command = [tools.ninja, "-C", str(work), "-j", str(jobs), *TARGETS]
     run_step(command, log, hear, {"NINJA_STATUS": "[%f/%t] "})
-
-
-def _publish(
-    registry: Registry,
-    runtime_id: str,
-    source: Source,
-    options: BuildOptions,
-    tools: Toolchain,
-    work: Path,
-) -> RuntimeRecord:
-    """Copy programs and libraries, probe the copies where they will run, then let them appear."""
-    partial = registry.directory / f"{runtime_id}.partial"
-    final = registry.directory / runtime_id
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    for path in sorted((work / "bin").iterdir()):
-        if path.name in TARGETS or re.search(r"\.(so|dylib)(\.|$)", path.name):
-            shutil.copy2(path, partial / path.name, follow_symlinks=False)
-    facts = BuildFacts(
-        source=source.name,
-        source_sha256=source.sha256,
-        commit=source.commit,
-        cmake_args=cmake_args(options, source.commit),
-        cmake_cache=_cmake_cache(work / "CMakeCache.txt"),
-        compiler=tools.compiler,
-        cpu=cpu_features(),
-        built_at=time.time(),
-    )
-    try:
-        seen = probe(partial, runtime_id=runtime_id, build=facts, rpc_protocol=_protocol(source))
-    except EngineRejected as error:
-        raise BuildFailed(f"what was built does not run: {error.message}") from None
-    moved = [b.model_copy(update={"path": str(final / b.name)}) for b in seen.binaries]
-    record = seen.model_copy(
-        # A GPU engine built where there is no GPU lists no device; it is what it was built as.
-        update={
-            "directory": str(final),
-            "binaries": tuple(moved),
-            "backend": options.backend,
-        }
-    )
-    write_atomic(partial / RECORD, record.model_dump_json(indent=1).encode(), mode=0o644)
-    # A changed engine of this id makes way by a rename too: a crash here leaves one or the other.
-    old = registry.directory / f".{runtime_id}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    with contextlib.suppress(FileNotFoundError):
-        final.rename(old)
-    partial.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
-    return record
-
-
-def _cmake_cache(path: Path) -> dict[str, str]:
-    found = {}
-    for line in path.read_text(errors="replace").splitlines():
-        match = re.match(r"(GGML_\w+|CMAKE_CUDA_ARCHITECTURES|CMAKE_BUILD_TYPE):\w+=(.*)", line)
-        if match and not match[1].endswith("-ADVANCED"):
-            found[match[1]] = match[2]
-    return found
 
 
 def _protocol(source: Source) -> str | None:

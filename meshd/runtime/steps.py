@@ -22,6 +22,23 @@ _OOM_SCORE_ADJ = 500
 _END_LIMIT_S = 10.0
 """How long ninja may take to end its compilers before it is killed."""
 _LINES_KEPT = 400
+_ABSENT = {
+    "CUDA::cublas": "cuBLAS is missing: `apt install libcublas-dev-13-0` (the number is the "
+    "toolkit's), `dnf install libcublas-devel-13-0` or `pacman -S cuda`",
+    "cublas_v2.h": "cuBLAS' headers are missing: `apt install libcublas-dev-13-0` (the number is "
+    "the toolkit's) or `dnf install libcublas-devel-13-0`",
+    "CUDA Toolkit not found": "CUDA's headers and libraries are missing beside nvcc: `apt install "
+    "cuda-toolkit-13-0` or `dnf install cuda-toolkit-13-0`, from NVIDIA's repository",
+    "unsupported GNU version": "the host compiler is newer than this nvcc allows; install an older "
+    "one and name it, as in NVCC_CCBIN=g++-13",
+    'provided by "hipblas"': "hipBLAS is missing: `apt install hipblas-dev rocblas-dev` or `dnf "
+    "install hipblas-devel rocblas-devel`",
+    'provided by "SPIRV-Headers"': "the SPIR-V headers are missing: `apt install spirv-headers`, "
+    "`dnf install spirv-headers-devel` or `pacman -S spirv-headers`",
+    "Could NOT find Vulkan": "Vulkan's headers and loader are missing: `apt install libvulkan-dev "
+    "glslc`, `dnf install vulkan-devel glslc` or `pacman -S vulkan-devel shaderc`",
+}
+"""What CMake or a compiler says when a part of a toolkit is absent, and what to install."""
 
 
 def fraction_of(line: str) -> float | None:
@@ -48,7 +65,8 @@ def failure_of(program: str, status: int, lines: Sequence[str], log: Path) -> Me
     if words.startswith("CMake Error"):  # what is wrong stands below it
         below = (line.strip() for line in lines[telling[0] + 1 :])
         words = " ".join((words, next((line for line in below if line), "")))
-    return BuildFailed(f"{program} failed with status {status}: {words.strip()} {where}")
+    remedy = "".join(f"; {told}" for sign, told in _ABSENT.items() if sign in text)
+    return BuildFailed(f"{program} failed with status {status}: {words.strip()}{remedy} {where}")
 
 
 def run_step(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 
 from meshd.config import environment_of_children
 from meshd.errors import ToolMissing
+from meshd.runtime.nvcc import Nvcc, read_list, read_release
 
 COMPILERS = ("c++", "g++", "clang++")
 C_COMPILERS = ("cc", "gcc", "clang")
@@ -22,16 +25,25 @@ TOOLKIT_DIRS = ("/usr/local/cuda/bin", "/opt/cuda/bin", "/opt/rocm/bin")
 """Where the vendors' installers put compilers without telling PATH."""
 INSTALL_LIMIT_S = 600.0
 
+DRIVER = "libcuda.so.1"
+"""The CUDA driver's library, as an engine that is linked to it asks for it."""
+_ANSWER_LIMIT_S = 30.0
+
 Which = Callable[[str], str | None]
 """Name of a program to its path; None if there is none."""
 
 _PACKAGES = {
     "c++": "a C++ compiler: `apt install g++`, `dnf install gcc-c++` or `pacman -S gcc`",
     "cc": "a C compiler: `apt install gcc`, `dnf install gcc` or `pacman -S gcc`",
-    "nvcc": "the CUDA toolkit's nvcc: `apt install nvidia-cuda-toolkit`, or NVIDIA's cuda-toolkit "
-    "package, with its bin directory on PATH",
-    "hipcc": "the ROCm toolkit's hipcc, with its bin directory on PATH",
-    "glslc": "the Vulkan shader compiler: `apt install glslc libvulkan-dev`",
+    "nvcc": "the CUDA toolkit's nvcc: `apt install nvidia-cuda-toolkit`, `pacman -S cuda`, or from "
+    "NVIDIA's repository `apt install cuda-toolkit-13-0` or `dnf install cuda-toolkit-13-0`, with "
+    "its bin directory on PATH",
+    "hipcc": "the ROCm toolkit's hipcc: `apt install hipcc hipblas-dev rocblas-dev`, `dnf install "
+    "hipcc hipblas-devel rocblas-devel` or `pacman -S rocm-hip-sdk`, with its bin directory on "
+    "PATH",
+    "glslc": "the Vulkan shader compiler and headers: `apt install glslc libvulkan-dev "
+    "spirv-headers`, `dnf install glslc vulkan-devel spirv-headers-devel` or `pacman -S shaderc "
+    "vulkan-devel`",
 }
 _BACKEND_TOOLS = {"cuda": ("nvcc",), "rocm": ("hipcc",), "vulkan": ("glslc",)}
 
@@ -44,6 +56,8 @@ class Toolchain:
     """First line of the compiler's `--version`."""
     device_compiler: str | None = None
     """Path of nvcc, hipcc or glslc, where the backend needs one."""
+    device_release: str = ""
+    """Of the CUDA toolkit, as in `13.0`, once nvcc was asked."""
 
 
 def missing_tools(backend: str, which: Which) -> tuple[str, ...]:
@@ -71,6 +85,39 @@ def find_toolchain(backend: str, tools_dir: Path) -> Toolchain:
     compiler = next(c for c in COMPILERS if _which(c))
     needed = _BACKEND_TOOLS.get(backend, ())
     return Toolchain(cmake, ninja, _first_line(compiler), _which(needed[0]) if needed else None)
+
+
+def ask_nvcc(path: str) -> Nvcc:
+    """What the compiler at `path` says of itself. Blocking, a second at most as a rule.
+
+    Raises ToolMissing if it does not run.
+    """
+    version = _answer([path, "--version"])
+    release = read_release(version)
+    if release is None:
+        last = (version.strip().splitlines() or ["no output"])[-1]
+        raise ToolMissing(
+            f"{path} does not work as CUDA's compiler: its --version says `{last}`; put the bin "
+            "directory of a CUDA toolkit first on PATH"
+        )
+    return Nvcc(path, release, read_list(_answer([path, "--list-gpu-arch"])))
+
+
+def can_link_driver(nvcc_path: str) -> bool:
+    """Whether the CUDA driver's library can be loaded here and, as itself or as the toolkit's
+    stub, be linked. Build machines and image builds have no driver as a rule."""
+    try:
+        ctypes.CDLL(DRIVER)
+    except OSError:
+        return False
+    homes = [Path(nvcc_path).resolve().parent.parent]
+    homes += [Path(directory).parent for directory in TOOLKIT_DIRS]
+    system = ("/usr/lib", "/usr/lib64", f"/usr/lib/{platform.machine()}-linux-gnu")
+    found = [Path(directory) / "libcuda.so" for directory in system]
+    for home in homes:
+        found += home.glob("lib*/stubs/libcuda.so")
+        found += home.glob("targets/*/lib/stubs/libcuda.so")
+    return any(path.exists() for path in found)
 
 
 def _which(name: str) -> str | None:
@@ -119,7 +166,25 @@ def _install(package: str, tools_dir: Path) -> None:
 
 
 def _first_line(compiler: str) -> str:
-    done = subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, timeout=30, check=False
-    )
-    return (done.stdout.splitlines() or [compiler])[0]
+    return (_answer([compiler, "--version"]).splitlines() or [compiler])[0]
+
+
+def _answer(command: list[str]) -> str:
+    """Both outputs of `command`; words for why there are none if it does not run."""
+    try:
+        done = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+            timeout=_ANSWER_LIMIT_S,
+            env=environment_of_children(),
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer within {_ANSWER_LIMIT_S:.0f} s"
+    except OSError as error:
+        return f"it cannot be executed: {error.strerror}"
+    return done.stdout

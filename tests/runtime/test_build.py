@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from meshd.errors import BuildFailed, NoSpace
-from meshd.runtime.build import BuildOptions, build, cmake_args, default_jobs
+from meshd.runtime.build import build, default_jobs
+from meshd.runtime.choices import BuildOptions, cmake_args
 from meshd.runtime.record import RuntimeRecord
 from meshd.runtime.registry import Registry
 from tests.conftest import wait_until
@@ -45,8 +46,9 @@ def test_choices_of_a_cuda_build() -> None:
         *("-DGGML_CUDA=ON", "-DGGML_CUDA_FA=ON", "-DGGML_CUDA_FA_ALL_QUANTS=ON"),
         *("-DGGML_CUDA_NCCL=OFF", "-DCMAKE_CUDA_ARCHITECTURES=90;121", "-DGGML_RPC=ON"),
     } <= set(arguments)
-    native = cmake_args(BuildOptions("cuda"), "0c1e570")
-    assert "-DCMAKE_CUDA_ARCHITECTURES=native" in native
+    assert "-DGGML_CUDA_NO_VMM=OFF" in arguments
+    alone = cmake_args(BuildOptions("cuda", cuda_arch="121", link_driver=False), "0c1e570")
+    assert "-DGGML_CUDA_NO_VMM=ON" in alone
 
 
 @pytest.mark.parametrize(
