@@ -132,6 +132,9 @@ def test_status_of_a_mesh() -> None:
                     "memory_free_bytes": 4 << 30,
                     "unified": False,
                     "compute_capability": "9.0",
+                    "engine_name": None,
+                    "driver": None,
+                    "problem": None,
                 }
             ],
         }

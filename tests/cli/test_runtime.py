@@ -181,7 +181,7 @@ def test_gpus(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert told[0]["memory_free_bytes"] == 139 << 30
     assert set(told[0]) == {
         *("name", "backend", "uuid", "memory_total_bytes", "memory_free_bytes", "unified"),
-        "compute_capability",
+        *("compute_capability", "engine_name", "driver", "problem"),
     }
 
 
