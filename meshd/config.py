@@ -326,6 +326,11 @@ def hub_cache_dir() -> Path:
     return Path(base) / "huggingface" / "hub"
 
 
+def user_config_dir() -> Path:
+    """Where programs of this user keep their settings; systemd its units."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or _home(os.environ) / ".config")
+
+
 def under_journal() -> bool:
     """Whether standard error is the systemd journal, which stamps lines itself."""
     status = os.fstat(2)

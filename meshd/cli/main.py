@@ -28,6 +28,7 @@ COMMANDS = {
     "doctor": "meshd.cli.doctor:doctor",
     "cache": "meshd.cli.cache:cache",
     "runtime": "meshd.cli.runtime:runtime",
+    "service": "meshd.cli.service:service",
     "config": "meshd.cli.config:config",
     "logs": "meshd.cli.logs:logs",
     "chat": "meshd.cli.chat:chat",
