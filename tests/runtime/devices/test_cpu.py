@@ -1,67 +1,16 @@
-"""What is said of this machine's devices: a fake NVML, and files as /proc and cgroups have them."""
+"""The CPU and the memory of the machine: files as /proc and cgroups have them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
+import pynvml
 import pytest
 
 from meshd.runtime.devices import read_devices, read_memory
+from tests.runtime.devices.fake_nvml import GIB, FakeNvml
 
-GIB = 1 << 30
-
-
-class FakeError(Exception):
-    pass
-
-
-class FakeNotSupported(FakeError):
-    pass
-
-
-@dataclass
-class FakeNvml:
-    """As `pynvml`, with devices that are numbers; `broken` ones raise, `unified` have no memory."""
-
-    count: int = 1
-    broken: tuple[int, ...] = ()
-    unified: tuple[int, ...] = ()
-    driver: bool = True
-    calls: list[str] = field(default_factory=list)
-    NVMLError = FakeError
-    NVMLError_NotSupported = FakeNotSupported
-
-    def nvmlInit(self) -> None:  # noqa: N802 (its name)
-        self.calls.append("init")
-        if not self.driver:
-            raise FakeError("Driver Not Loaded")
-
-    def nvmlShutdown(self) -> None:  # noqa: N802
-        self.calls.append("shutdown")
-
-    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
-        return self.count
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
-        if index in self.broken:
-            raise FakeError("GPU is lost")
-        return index
-
-    def nvmlDeviceGetName(self, handle: int) -> bytes | str:  # noqa: N802
-        return b"NVIDIA H200" if handle == 0 else "NVIDIA GB10"
-
-    def nvmlDeviceGetUUID(self, handle: int) -> str:  # noqa: N802
-        return f"GPU-{handle}"
-
-    def nvmlDeviceGetCudaComputeCapability(self, handle: int) -> tuple[int, int]:  # noqa: N802
-        return (9, 0) if handle == 0 else (12, 1)
-
-    def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:  # noqa: N802
-        if handle in self.unified:
-            raise FakeNotSupported("Not Supported")
-        return SimpleNamespace(total=140 * GIB, free=139 * GIB)
+NO_DRIVER = FakeNvml(init=pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
 
 
 @pytest.fixture
@@ -89,34 +38,12 @@ def group(
     )
 
 
-def test_the_cpu_is_always_a_device(proc: Path) -> None:
-    (cpu,) = read_devices(FakeNvml(driver=False), proc=proc)
+def test_the_cpu_is_always_a_device(proc: Path, tmp_path: Path) -> None:
+    (cpu,) = read_devices(NO_DRIVER, proc=proc, sys=tmp_path)
     assert (cpu.name, cpu.backend, cpu.unified) == ("A CPU: 4 GHz", "cpu", True)
     assert (cpu.memory_total_bytes, cpu.memory_free_bytes) == (64 * GIB, 48 * GIB)
     assert cpu.uuid is None
     assert cpu.compute_capability is None
-
-
-def test_a_gpu_with_memory_of_its_own(proc: Path) -> None:
-    nvml = FakeNvml()
-    gpu, cpu = read_devices(nvml, proc=proc)
-    assert (gpu.name, gpu.backend, gpu.uuid) == ("NVIDIA H200", "cuda", "GPU-0")
-    assert (gpu.memory_total_bytes, gpu.memory_free_bytes) == (140 * GIB, 139 * GIB)
-    assert (gpu.unified, gpu.compute_capability) == (False, "9.0")
-    assert cpu.backend == "cpu"
-    assert nvml.calls == ["init", "shutdown"]
-
-
-def test_memory_the_driver_does_not_count_is_the_machines(proc: Path) -> None:
-    _, gpu, _ = read_devices(FakeNvml(count=2, unified=(1,)), proc=proc)
-    assert (gpu.name, gpu.unified, gpu.compute_capability) == ("NVIDIA GB10", True, "12.1")
-    assert (gpu.memory_total_bytes, gpu.memory_free_bytes) == (64 * GIB, 48 * GIB)
-
-
-def test_a_lost_gpu_does_not_hide_the_others(proc: Path) -> None:
-    nvml = FakeNvml(count=3, broken=(1,))
-    assert [d.uuid for d in read_devices(nvml, proc=proc)] == ["GPU-0", "GPU-2", None]
-    assert nvml.calls == ["init", "shutdown"]
 
 
 def test_this_machine() -> None:
@@ -126,7 +53,7 @@ def test_this_machine() -> None:
 
 
 def test_no_proc_is_no_error(tmp_path: Path) -> None:
-    (cpu,) = read_devices(FakeNvml(driver=False), proc=tmp_path)
+    (cpu,) = read_devices(NO_DRIVER, proc=tmp_path, sys=tmp_path)
     assert cpu.name
     assert cpu.memory_total_bytes == 0
 
