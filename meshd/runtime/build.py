@@ -82,6 +82,8 @@ def _build(
     progress: Progress,
 ) -> RuntimeRecord:
     work = registry.directory / f".{runtime_id}.build"
+    if _was_moved(work):
+        shutil.rmtree(work)
     work.mkdir(exist_ok=True)
     log = registry.directory / f"{runtime_id}.log"
     log.write_bytes(b"")
@@ -105,6 +107,16 @@ def _build(
     shutil.rmtree(work, ignore_errors=True)
     progress("done", 1.0)
     return record
+
+
+def _was_moved(work: Path) -> bool:
+    """CMake does not go on in a build directory that lay elsewhere when it was configured."""
+    try:
+        text = (work / "CMakeCache.txt").read_text(errors="replace")
+    except FileNotFoundError:
+        return False
+    match = re.search(r"^CMAKE_CACHEFILE_DIR:INTERNAL=(.+)$", text, re.MULTILINE)
+    return match is not None and Path(match[1]).resolve() != work.resolve()
 
 
 def _settled(options: BuildOptions, tools: Toolchain) -> tuple[BuildOptions, Toolchain]:

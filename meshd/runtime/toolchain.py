@@ -28,6 +28,7 @@ INSTALL_LIMIT_S = 600.0
 DRIVER = "libcuda.so.1"
 """The CUDA driver's library, as an engine that is linked to it asks for it."""
 _ANSWER_LIMIT_S = 30.0
+_SYSTEM_LIBRARIES = ("/usr/lib", "/usr/lib64", f"/usr/lib/{platform.machine()}-linux-gnu")
 
 Which = Callable[[str], str | None]
 """Name of a program to its path; None if there is none."""
@@ -112,8 +113,7 @@ def can_link_driver(nvcc_path: str) -> bool:
         return False
     homes = [Path(nvcc_path).resolve().parent.parent]
     homes += [Path(directory).parent for directory in TOOLKIT_DIRS]
-    system = ("/usr/lib", "/usr/lib64", f"/usr/lib/{platform.machine()}-linux-gnu")
-    found = [Path(directory) / "libcuda.so" for directory in system]
+    found = [Path(directory) / "libcuda.so" for directory in _SYSTEM_LIBRARIES]
     for home in homes:
         found += home.glob("lib*/stubs/libcuda.so")
         found += home.glob("targets/*/lib/stubs/libcuda.so")

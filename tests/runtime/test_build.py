@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import os
 import re
 import shutil
@@ -17,13 +19,18 @@ import pytest
 from meshd.errors import BuildFailed, NoSpace
 from meshd.runtime.build import build, default_jobs
 from meshd.runtime.choices import BuildOptions, cmake_args
+from meshd.runtime.probe import sha256_of
 from meshd.runtime.record import RuntimeRecord
 from meshd.runtime.registry import Registry
+from meshd.view import DeviceView
 from tests.conftest import wait_until
+from tests.runtime.fake_nvcc import make_nvcc
 from tests.runtime.processes import ended
 from tests.runtime.toy_source import GATE, toy_files, toy_package, toy_tree
 
 GIB = 1 << 30
+CPU = DeviceView("a processor", "cpu", None, 8 * GIB, 4 * GIB, True, None)
+GB10 = DeviceView("NVIDIA GB10", "cuda", "GPU-1", 120 * GIB, 100 * GIB, True, "12.1")
 
 
 # -- choices --------------------------------------------------------------------------------------
@@ -205,6 +212,231 @@ def test_no_space(cache: Path, tree: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(NoSpace, match=r"wants 0\.5 GB .* XDG_CACHE_HOME"):
         toy_build(cache, tree)
     assert runtimes(cache) == []
+
+
+# -- what the disk and the machine can do to it ----------------------------------------------------
+
+
+def test_the_disk_fills_while_it_is_installed(
+    cache: Path, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copy2(source: Path, target: Path, *, follow_symlinks: bool = True) -> None:
+        target.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copy2", copy2)
+        with pytest.raises(NoSpace, match="is full; make room, or set XDG_CACHE_HOME"):
+            toy_build(cache, tree)
+    assert not any(name.endswith(".partial") for name in runtimes(cache))
+    assert Registry(cache).list() == ()
+    heard = Heard()
+    toy_build(cache, tree, heard)
+    assert "compiling" not in {words for words, fraction in heard.steps if fraction < 1.0}
+
+
+def test_an_interruption_while_it_is_installed_leaves_nothing(
+    cache: Path, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("meshd.runtime.publish.probe", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        toy_build(cache, tree)
+    assert not any(name.endswith(".partial") for name in runtimes(cache))
+
+
+def test_a_copy_that_is_not_what_was_built_is_refused(
+    cache: Path, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = shutil.copy2
+
+    def copy2(source: Path, target: Path, *, follow_symlinks: bool = True) -> None:
+        real(source, target, follow_symlinks=follow_symlinks)
+        if target.name == "llama-bench":
+            with target.open("r+b") as file:
+                file.seek(100)
+                file.write(b"\0lie")
+
+    monkeypatch.setattr("shutil.copy2", copy2)
+    with pytest.raises(BuildFailed, match="llama-bench as installed is not llama-bench as built"):
+        toy_build(cache, tree)
+    assert Registry(cache).list() == ()
+
+
+def test_a_cache_that_cannot_be_written(cache: Path, tree: Path) -> None:
+    def forbidden(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(cache))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("meshd.runtime.build._check_space", forbidden)
+        with pytest.raises(BuildFailed, match=r"cannot be written: Read-only .* XDG_CACHE_HOME"):
+            toy_build(cache, tree)
+
+
+# -- what the record says --------------------------------------------------------------------------
+
+
+def test_what_was_built_is_what_is_installed_and_younger_than_its_cache(
+    cache: Path, tree: Path
+) -> None:
+    record = toy_build(cache, tree)
+    facts = record.build
+    assert facts is not None
+    assert facts.cache_written_at is not None
+    assert [f.name for f in facts.built_files] == [
+        *("ggml-rpc-server", "libggml-toy.so.0.1", "llama-bench", "llama-gguf-split"),
+        "llama-server",
+    ]
+    for built in facts.built_files:
+        installed = Path(record.directory) / built.name
+        assert sha256_of(installed) == built.sha256
+        assert installed.stat().st_size == built.size
+        assert built.mtime_ns >= facts.cache_written_at * 1e9 - 1e3
+    assert RuntimeRecord.model_validate_json(record.model_dump_json()) == record
+
+
+def interrupted_build(cache: Path, tree: Path) -> Path:
+    """A build directory in which all is compiled and nothing was installed."""
+
+    def probe(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("meshd.runtime.publish.probe", probe)
+        with pytest.raises(KeyboardInterrupt):
+            toy_build(cache, tree)
+    (work,) = (cache / "meshd" / "runtimes").glob(".*.build")
+    return work
+
+
+def test_what_an_earlier_configuration_built_is_linked_again(cache: Path, tree: Path) -> None:
+    work = interrupted_build(cache, tree)
+    with (work / "CMakeCache.txt").open("a") as file:  # CMake writes it anew, in its own order
+        file.write("MY_WORD:STRING=x\n")
+    first = (work / "bin" / "llama-server").stat().st_mtime_ns
+    record = toy_build(cache, tree)
+    assert record.build is not None
+    written_at = record.build.cache_written_at
+    assert written_at is not None
+    assert written_at * 1e9 > first
+    assert all(f.mtime_ns / 1e9 >= written_at for f in record.build.built_files)
+
+
+def test_an_interrupted_build_in_a_cache_that_was_moved_starts_again(
+    cache: Path, tree: Path, tmp_path: Path
+) -> None:
+    interrupted_build(cache, tree)
+    cache.rename(tmp_path / "moved")
+    assert toy_build(tmp_path / "moved", tree).unchanged()
+
+
+# -- CUDA ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An nvcc of CUDA 13.0 first on PATH, and no driver; its directory."""
+    directory = make_nvcc(tmp_path / "cuda" / "bin").parent
+    monkeypatch.setenv("PATH", str(directory), prepend=os.pathsep)
+    monkeypatch.setattr("meshd.runtime.build.can_link_driver", lambda path: False)
+    monkeypatch.setattr("meshd.runtime.build.read_devices", lambda: (CPU,))
+    return directory
+
+
+def cuda_build(cache: Path, tree: Path, arch: str | None = "121") -> RuntimeRecord:
+    return build(BuildOptions("cuda", arch, str(tree), jobs=2), cache, Heard())
+
+
+def nothing_was_begun(cache: Path) -> bool:
+    return runtimes(cache) == [] and not (cache / "meshd" / "sources").exists()
+
+
+def test_a_cuda_build_without_a_gpu(cache: Path, tree: Path, cuda: Path) -> None:
+    record = cuda_build(cache, tree)
+    assert record.backend == "cuda"
+    assert record.id.startswith("cuda-unknown-")
+    assert record.build is not None
+    assert record.build.cmake_cache["CMAKE_CUDA_ARCHITECTURES"] == "121"
+    assert record.build.cmake_cache["GGML_CUDA_NO_VMM"] == "ON"
+    assert record.build.device_compiler == "13.0"
+    assert "libggml-cuda.so" in {f.name for f in record.build.built_files}
+
+
+def test_architectures_of_the_machine_by_default(
+    cache: Path, tree: Path, cuda: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus = [dataclasses.replace(GB10, compute_capability=c) for c in ("12.1", "9.0", "9.0")]
+    monkeypatch.setattr("meshd.runtime.build.read_devices", lambda: (*gpus, CPU))
+    record = cuda_build(cache, tree, None)
+    assert record.build is not None
+    assert record.build.cmake_cache["CMAKE_CUDA_ARCHITECTURES"] == "90;121"
+
+
+def test_each_architecture_is_an_engine_of_its_own(cache: Path, tree: Path, cuda: Path) -> None:
+    ids = {cuda_build(cache, tree, "121").id, cuda_build(cache, tree, "90").id}
+    assert {record.id for record in Registry(cache).list()} == ids
+    assert len(ids) == 2
+
+
+def test_no_driver_and_no_architecture(cache: Path, tree: Path, cuda: Path) -> None:
+    with pytest.raises(BuildFailed, match=r"of any NVIDIA GPU here.* name it: --cuda-arch 121"):
+        cuda_build(cache, tree, None)
+    assert nothing_was_begun(cache)
+
+
+@pytest.mark.parametrize(
+    ("release", "known", "arch", "words"),
+    [
+        ("12.4", (80, 90), "121", "sm_121: that needs CUDA 12.9 or newer .13.0 or newer is made"),
+        ("13.0", (75, 121), "70", "sm_70: CUDA 12.9 was the last"),
+        ("13.0", (75, 121), "999", "sm_999: it knows 75, 121"),
+        ("13.0", (75, 121), "fast", "--cuda-arch: `fast` is no CUDA architecture"),
+    ],
+)
+def test_an_architecture_out_of_reach_is_told_before_anything_is_fetched(
+    cache: Path,
+    tree: Path,
+    cuda: Path,
+    release: str,
+    known: tuple[int, ...],
+    arch: str,
+    words: str,
+) -> None:
+    make_nvcc(cuda, release=release, architectures=known)
+    with pytest.raises(BuildFailed, match=words):
+        cuda_build(cache, tree, arch)
+    assert nothing_was_begun(cache)
+
+
+def test_a_source_that_does_not_know_the_backend(cache: Path, tree: Path, cuda: Path) -> None:
+    project = tree / "CMakeLists.txt"
+    project.write_text(project.read_text().replace('option(GGML_CUDA "" OFF)\n', ""))
+    with pytest.raises(BuildFailed, match="this source has no option GGML_CUDA"):
+        cuda_build(cache, tree)
+    assert Registry(cache).list() == ()
+
+
+def test_another_architecture_than_asked_for_is_noticed(
+    cache: Path, tree: Path, cuda: Path
+) -> None:
+    project = tree / "CMakeLists.txt"
+    forced = 'set(CMAKE_CUDA_ARCHITECTURES 90 CACHE STRING "" FORCE)\n'
+    project.write_text(project.read_text() + forced)
+    with pytest.raises(BuildFailed, match="CMAKE_CUDA_ARCHITECTURES is 90, asked for was 121"):
+        cuda_build(cache, tree)
+    assert not any("compil" in name for name in runtimes(cache))
+
+
+def test_a_build_without_the_backends_library_is_no_engine_of_it(
+    cache: Path, tree: Path, cuda: Path
+) -> None:
+    project = tree / "CMakeLists.txt"
+    project.write_text(project.read_text().replace("if(GGML_CUDA)", "if(FALSE)"))
+    with pytest.raises(BuildFailed, match="the build made no libggml-cuda: it would be an engine"):
+        cuda_build(cache, tree)
+    assert Registry(cache).list() == ()
 
 
 # -- interruption ---------------------------------------------------------------------------------

@@ -49,6 +49,21 @@ def test_fraction(line: str, fraction: float | None) -> None:
         ),
         (["c++: fatal error: Killed signal terminated program cc1plus"], BuildFailed, "--jobs 1"),
         (["fatal error: writing to x.o: No space left on device"], NoSpace, "ran out of disk"),
+        (
+            ["CMake Error at ggml/src/ggml-cuda/CMakeLists.txt:170 (target_link_libraries):",
+             '  Target "ggml-cuda" links to:', "", "    CUDA::cublas", "",
+             "  but the target was not found."],
+            BuildFailed, "links to:; cuBLAS is missing: `apt install libcublas-dev-13-0`",
+        ),
+        (
+            ["CMake Error at ggml/src/ggml-hip/CMakeLists.txt:47 (find_package):",
+             "  Could not find a package configuration file provided by \"hipblas\" with any of"],
+            BuildFailed, "hipBLAS is missing: `apt install hipblas-dev rocblas-dev`",
+        ),
+        (
+            ["host_config.h:143:2: error: #error -- unsupported GNU version! gcc versions later …"],
+            BuildFailed, "NVCC_CCBIN=",
+        ),
         (["who", "knows"], BuildFailed, "status 1: knows"),
         ([], BuildFailed, "status 1: no output"),
     ],

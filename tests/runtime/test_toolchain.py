@@ -9,8 +9,9 @@ import pytest
 
 from meshd.errors import ToolMissing
 from meshd.runtime import toolchain
-from meshd.runtime.toolchain import find_toolchain, missing_tools
+from meshd.runtime.toolchain import ask_nvcc, can_link_driver, find_toolchain, missing_tools
 from tests.runtime.fake_engine import program
+from tests.runtime.fake_nvcc import make_nvcc
 
 WHOLE = {"cmake", "ninja", "c++", "cc", "nvcc", "hipcc", "glslc"}
 
@@ -30,8 +31,11 @@ def test_nothing_is_missing(backend: str) -> None:
         ("cpu", ("c++",), ["apt install g++"]),
         ("cpu", ("c++", "cc"), ["apt install g++", "apt install gcc"]),
         ("cuda", ("nvcc",), ["apt install nvidia-cuda-toolkit"]),
-        ("rocm", ("hipcc",), ["ROCm toolkit's hipcc"]),
+        ("cuda", ("nvcc",), ["dnf install cuda-toolkit-13-0"]),
+        ("cuda", ("nvcc",), ["pacman -S cuda"]),
+        ("rocm", ("hipcc",), ["ROCm toolkit's hipcc: `apt install hipcc hipblas-dev"]),
         ("vulkan", ("glslc",), ["apt install glslc"]),
+        ("vulkan", ("glslc",), ["dnf install glslc"]),
         # cmake and ninja are not missing: they can be installed as Python packages.
         ("cpu", ("cmake", "ninja", "nvcc", "hipcc"), []),
     ],
@@ -103,6 +107,53 @@ def test_no_compiler(bin_dir: Path, tmp_path: Path) -> None:
     (bin_dir / "c++").unlink()
     with pytest.raises(ToolMissing, match=r"the build needs a C\+\+ compiler: `apt install g\+\+`"):
         find_toolchain("cpu", tmp_path / "tools")
+
+
+def test_what_nvcc_says_of_itself(tmp_path: Path) -> None:
+    nvcc = make_nvcc(tmp_path, release="13.0", architectures=(90, 121))
+    found = ask_nvcc(str(nvcc))
+    assert (found.release, found.words) == ((13, 0), "13.0")
+    assert found.architectures == {"90", "121"}
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ('echo "nvcc: libnvvm.so.4: cannot open shared object file" >&2; exit 1\n', "libnvvm.so.4"),
+        ("exit 0\n", "no output"),
+    ],
+)
+def test_an_nvcc_that_does_not_work(tmp_path: Path, script: str, words: str) -> None:
+    nvcc = program(tmp_path / "nvcc", script)
+    with pytest.raises(ToolMissing, match=f"does not work as CUDA's compiler.*{words}"):
+        ask_nvcc(str(nvcc))
+
+
+def test_a_compiler_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain, "_ANSWER_LIMIT_S", 0.2)
+    nvcc = program(tmp_path / "nvcc", "exec sleep 600\n")
+    with pytest.raises(ToolMissing, match="no answer within 0 s"):
+        ask_nvcc(str(nvcc))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="named as on Linux")
+def test_the_driver_is_linked_only_where_it_can_be_loaded_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(toolchain, "TOOLKIT_DIRS", ())
+    home = tmp_path / "cuda"
+    (home / "bin").mkdir(parents=True)
+    nvcc = str(make_nvcc(home / "bin"))
+    stub = home / "lib64" / "stubs" / "libcuda.so"
+    stub.parent.mkdir(parents=True)
+    stub.touch()
+    monkeypatch.setattr(toolchain, "DRIVER", "libcuda-of-nobody.so.1")
+    assert not can_link_driver(nvcc), "an image build: the toolkit's stub is there, no driver"
+    monkeypatch.setattr(toolchain, "DRIVER", "libc.so.6")  # one that is loaded anyway
+    assert can_link_driver(nvcc)
+    stub.unlink()
+    monkeypatch.setattr(toolchain, "_SYSTEM_LIBRARIES", (str(tmp_path),))
+    assert not can_link_driver(nvcc), "a driver without anything to link"
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="Metal is there")
