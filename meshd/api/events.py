@@ -46,6 +46,18 @@ def changes(old: View, new: View) -> list[dict[str, Any]]:
                 "reason": new.mesh.reason,
             }
         )
+    if new.runtime is not old.runtime and new.runtime is not None:
+        before = "cpu" if old.runtime is None else old.runtime.backend
+        if new.runtime.backend != before:
+            found.append(
+                {
+                    "type": "runtime",
+                    "node": new.node.name,
+                    "backend": new.runtime.backend,
+                    "previous": before,
+                    "reason": new.runtime.proof.problem,
+                }
+            )
     if new.peers is not old.peers:
         found.extend(_peer_changes(old.peers, new.peers))
     if new.models is not old.models:
@@ -65,6 +77,15 @@ def _peer_changes(old: tuple[PeerView, ...], new: tuple[PeerView, ...]) -> Itera
                 "state": peer.state.value,
                 "previous": None if last is None else last.state.value,
                 "draining": peer.draining,
+            }
+        if peer.backend != ("cpu" if last is None else last.backend):
+            yield {
+                "type": "peer_runtime",
+                "peer": peer.name,
+                "id": peer.id,
+                "backend": peer.backend,
+                "previous": "cpu" if last is None else last.backend,
+                "reason": None if peer.proof is None else peer.proof.problem,
             }
     for gone in before.values():
         yield {

@@ -107,6 +107,8 @@ def _peer(peer: PeerView) -> dict[str, Any]:
         # Those it works on; every member could load the built-in one.
         "models": [m.id for m in peer.models if m.state is not ModelState.ABSENT],
         "devices": [asdict(device) for device in peer.devices],
+        "backend": peer.backend,
+        "proof": None if peer.proof is None else asdict(peer.proof),
     }
 
 
@@ -169,6 +171,7 @@ def _runtime(runtime: RuntimeView) -> dict[str, Any]:
     return {
         "id": runtime.id,
         "backend": runtime.backend,
+        "built_for": runtime.built_for,
         "build": runtime.build,
         "rpc_protocol": runtime.rpc_protocol,
         "directory": runtime.directory,

@@ -50,6 +50,12 @@ from meshd.errors import BadConfig, BadInvite, ProtocolError
     type=click.Path(path_type=Path, file_okay=False),
     help="Directory with a llama-server of your own.",
 )
+@click.option(
+    "--require-gpu",
+    is_flag=True,
+    default=None,
+    help="Do not start if models cannot be proved to run on a GPU (exit code 78).",
+)
 @click.option("--log-format", type=click.Choice(["text", "json"]))
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]))
 def run(config_file: Path | None, no_mdns: bool, **flags: Any) -> int:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from meshd import __version__
 from meshd.api import ApiServer
 from meshd.config import Loaded
-from meshd.errors import MeshdError
+from meshd.errors import GpuRequired, MeshdError
 from meshd.ids import ModelId, NodeId
 from meshd.kernel import (
     Board,
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from meshd.peers.mesh import MeshService
     from meshd.peers.trust.identity import Identity
     from meshd.runtime.host import ModelHost
+    from meshd.runtime.proof.prover import Prover
+    from meshd.runtime.registry import Registry
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ _MODEL_ROOMS = (
     "meshd.cache.room",
     "meshd.peers.trust.identity",
     "meshd.runtime.host",
+    "meshd.runtime.proof.prover",
     "meshd.runtime.registry",
 )
 _OTHER_ROOMS = (
@@ -184,6 +187,7 @@ class Node:
                 mmproj=None if weights.mmproj is None else str(weights.mmproj),
             )
 
+        prover = self._make_prover(registry)
         models = self._models = ModelHost(
             config,
             self._board,
@@ -194,6 +198,7 @@ class Node:
                 wait_idle=api.wait_idle,
                 last_request_at=api.last_request_at,
                 always_listed={ModelId("builtin"): "builtin"} if hosts else {},
+                shown=prover.engine_found,
                 hosts=hosts,
             ),
             clock=self._clock,
@@ -204,6 +209,27 @@ class Node:
         await stack.start(models)
         for ref in config.model:
             models.load(ref)
+        if config.require_gpu:
+            if not hosts:
+                raise GpuRequired("--require-gpu: a client node hosts nothing; leave it out")
+            await prover.require_gpu()
+        await stack.start(prover)
+
+    def _make_prover(self, registry: Registry) -> Prover:
+        from meshd.cache.builtin import ensure
+        from meshd.runtime.proof.looks import real_looks
+        from meshd.runtime.proof.prover import Prover
+
+        config = self.config
+        return Prover(
+            config,
+            self._board,
+            real_looks(lambda: ensure(config.models_dir), self._pool, self._rng),
+            pool=self._pool,
+            clock=self._clock,
+            find=lambda: registry.find(config.runtime_dir),
+            serving=lambda: self._models.serving_pids() if self._models else frozenset(),
+        )
 
     def _make_cache(self) -> CacheRoom:
         from meshd.cache.room import CacheRoom

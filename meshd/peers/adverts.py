@@ -14,7 +14,16 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from meshd.ids import InstanceId, ModelId, NodeId
-from meshd.view import DeviceView, ModelState, NodeState, PeerModel, Role, View
+from meshd.view import (
+    DeviceView,
+    ModelState,
+    NodeState,
+    PeerModel,
+    ProofView,
+    Role,
+    RuntimeView,
+    View,
+)
 
 MAX_NODES: Final = 4096
 """Adverts kept. A member could make up nodes only with certificates of the mesh's key, so this
@@ -22,6 +31,8 @@ bounds a mistake rather than an attack."""
 MAX_MODELS: Final = 256
 MAX_DEVICES: Final = 64
 MAX_WEIGHTS: Final = 128
+MAX_EVIDENCE: Final = 24
+MAX_EVIDENCE_CHARS: Final = 200
 MAX_BODY_BYTES: Final = 40 * 1024
 """Of an advert's JSON; signed and in base64 it must fit into one envelope of 64 KiB."""
 MAX_PROGRESS_STEPS: Final = 10
@@ -85,6 +96,25 @@ class AdvertDevice(_Peer):
         return DeviceView(**self.model_dump())
 
 
+class AdvertProof(_Peer):
+    """What a node gives as evidence that its engine runs on `Advert.backend`."""
+
+    level: Text
+    passed: bool
+    checked_at: Annotated[float, Field(ge=0, le=1e12)]
+    """Unix time by its own clock, for people."""
+    evidence: Annotated[
+        list[Annotated[str, StringConstraints(max_length=MAX_EVIDENCE_CHARS)]],
+        Field(max_length=MAX_EVIDENCE),
+    ] = []
+    problem: Annotated[str, StringConstraints(max_length=1024)] | None = None
+
+    def to_view(self) -> ProofView:
+        return ProofView(
+            self.level, self.passed, self.checked_at, tuple(self.evidence), problem=self.problem
+        )
+
+
 class Advert(_Peer):
     """Client nodes advertise neither models nor devices nor weights; what they send of them is
     dropped."""
@@ -94,6 +124,9 @@ class Advert(_Peer):
     role: Annotated[Role, Field(strict=False)] = Role.MEMBER
     draining: bool = False
     engine: Text | None = None
+    backend: Text = "cpu"
+    """What its models run on, as it proved."""
+    proof: AdvertProof | None = None
     rpc_protocol: Text | None = None
     devices: Annotated[list[AdvertDevice], Field(max_length=MAX_DEVICES)] = []
     models: Annotated[list[AdvertModel], Field(max_length=MAX_MODELS)] = []
@@ -115,6 +148,8 @@ def describe(view: View, name: str, role: Role) -> dict[str, Any]:
     if runtime is not None:
         body["engine"] = f"{runtime.id}: {runtime.build}"[:256]
         body["rpc_protocol"] = runtime.rpc_protocol
+        body["backend"] = runtime.backend
+        body["proof"] = _proof(runtime)
     body["devices"] = [
         {
             "name": device.name[:256],
@@ -190,6 +225,15 @@ class AdvertBook:
             return frozenset()
         return frozenset(advert.weights)
 
+    def runs_on(self, node: NodeId) -> tuple[str, ProofView | None]:
+        """What its models run on, and the evidence it gives; `cpu` for all that gives none, or
+        whose own evidence does not pass."""
+        advert = self.get(node)
+        if advert is None or advert.role is Role.CLIENT or advert.proof is None:
+            return "cpu", None
+        proof = advert.proof.to_view()
+        return (advert.backend if proof.passed else "cpu"), proof
+
     def forget(self, node: NodeId) -> None:
         self._adverts.pop(node, None)
         self._slots_free.pop(node, None)
@@ -201,6 +245,18 @@ def slots_from_wire(value: Any) -> dict[str, int]:
         return {}
     rows = list(value.items())[:MAX_MODELS]
     return {k: n for k, n in rows if len(k) <= 256 and type(n) is int and 0 <= n <= 65_536}
+
+
+def _proof(runtime: RuntimeView) -> dict[str, Any]:
+    """Full-policy: the first lines of evidence stay, and the beginning of each."""
+    proof = runtime.proof
+    return {
+        "level": proof.level,
+        "passed": proof.passed,
+        "checked_at": proof.checked_at,
+        "evidence": [line[:MAX_EVIDENCE_CHARS] for line in proof.evidence[:MAX_EVIDENCE]],
+        "problem": proof.problem[:1024] if proof.problem else None,
+    }
 
 
 def _model(view: View, name: ModelId) -> dict[str, Any]:

@@ -34,6 +34,7 @@ def picture(
     peers = []
     for node, standing in members.items():
         advert = adverts.get(node)
+        backend, proof = adverts.runs_on(node)
         peers.append(
             PeerView(
                 id=node,
@@ -47,6 +48,8 @@ def picture(
                 devices=tuple(d.to_view() for d in advert.devices) if advert is not None else (),
                 models=adverts.models(node),
                 weights=adverts.weights(node),
+                backend=backend,
+                proof=proof,
             )
         )
     return names[own], tuple(sorted(peers, key=lambda p: (p.name, p.id)))

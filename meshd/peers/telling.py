@@ -190,7 +190,7 @@ class Telling:
             problem = error.errors(include_url=False, include_input=False)[0]
             raise ProtocolError(f"an advert is malformed: {problem['msg']}") from None
         if signed.role is Role.CLIENT:
-            nothing: dict[str, list[Any]] = {"models": [], "devices": [], "weights": []}
+            nothing: dict[str, Any] = {"models": [], "devices": [], "weights": [], "proof": None}
             advert = advert.model_copy(update={"role": Role.CLIENT, **nothing})
         if self.book.put(signed.node_id, signed.version, advert, envelope):
             self._wanted.pop(signed.node_id, None)
@@ -207,8 +207,10 @@ class Telling:
 
 
 def _urgent(old: dict[str, Any] | None, new: dict[str, Any]) -> bool:
-    """Whether other nodes must change where they send requests."""
+    """Whether other nodes must change where they send requests, or what they count on."""
     if old is None or old["draining"] != new["draining"]:
+        return True
+    if old.get("backend", "cpu") != new.get("backend", "cpu"):
         return True
     return _served(old) != _served(new)
 

@@ -20,7 +20,9 @@ from meshd.view import (
     PeerModel,
     PeerState,
     PeerView,
+    ProofView,
     Role,
+    RuntimeView,
     Target,
     View,
     with_local,
@@ -60,6 +62,8 @@ def peer_of(view: View, *, state: PeerState = PeerState.ALIVE, free: int = 4) ->
         version="0.2",
         draining=view.node.state is NodeState.DRAINING,
         devices=(GPU,),
+        backend="cuda",
+        proof=ProofView("runtime", True, 7.0, ("offloaded 5/5 layers",)),
         models=tuple(
             PeerModel(
                 m.id,
@@ -137,6 +141,15 @@ def test_status_of_a_mesh() -> None:
                     "problem": None,
                 }
             ],
+            "backend": "cuda",
+            "proof": {
+                "level": "runtime",
+                "passed": True,
+                "checked_at": 7.0,
+                "evidence": ("offloaded 5/5 layers",),
+                "layers": (),
+                "problem": None,
+            },
         }
     ]
     assert said["models"] == [
@@ -245,8 +258,36 @@ def test_events_of_other_nodes() -> None:
     assert {"type": "peer_removed", "peer": "node-b", "id": "b" * 52, "previous": "alive"} in (
         changes(before, alone)
     )
-    (joined,) = changes(alone, before)
+    joined, proved = changes(alone, before)
     assert (joined["type"], joined["previous"]) == ("peer", None)
+    assert (proved["type"], proved["backend"], proved["previous"]) == (
+        "peer_runtime",
+        "cuda",
+        "cpu",
+    )
+
+
+def test_a_gpu_that_is_lost_is_an_event() -> None:
+    before, _ = two_nodes()
+    (peer,) = before.peers
+    failed = ProofView("binary", False, 8.0, (), problem="the engine lists no such device")
+    lost = with_peers(before, (replace(peer, backend="cpu", proof=failed),))
+    (event,) = changes(before, lost)
+    assert event["type"] == "peer_runtime"
+    assert (event["backend"], event["previous"]) == ("cpu", "cuda")
+    assert event["reason"] == "the engine lists no such device"
+    runtime = RuntimeView("e", "cuda", "0.5", None, "/e", (), peer.proof or failed, "cuda")
+    proved = replace(before, runtime=runtime)
+    fallen = replace(proved, runtime=replace(runtime, backend="cpu", proof=failed))
+    assert changes(proved, fallen) == [
+        {
+            "type": "runtime",
+            "node": "node-a",
+            "backend": "cpu",
+            "previous": "cuda",
+            "reason": "the engine lists no such device",
+        }
+    ]
 
 
 def test_numbers_that_change_all_the_time_are_no_events() -> None:

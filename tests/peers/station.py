@@ -30,7 +30,9 @@ from meshd.view import (
     NodeState,
     NodeView,
     PeerView,
+    ProofView,
     Role,
+    RuntimeView,
     Target,
     View,
     with_local,
@@ -176,6 +178,12 @@ class Station:
             targets=(Target(model, self.name, instance, "/run/x", slots),),
         )
         self.board.publish(with_local(self.board.current, {model: ready}))
+
+    def prove(self, backend: str, problem: str | None = None) -> None:
+        """As the prover publishes it."""
+        proof = ProofView("runtime", problem is None, time.time(), ("seen",), problem=problem)
+        runtime = RuntimeView("e", backend, "0.5", None, "/e", (), proof, built_for="cuda")
+        self.board.publish(replace(self.board.current, runtime=runtime))
 
     def set_state(self, state: NodeState) -> None:
         view = self.board.current

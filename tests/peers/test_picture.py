@@ -12,6 +12,8 @@ from pydantic import ValidationError
 from meshd.ids import InstanceId, ModelId, NodeId
 from meshd.peers.adverts import (
     MAX_BODY_BYTES,
+    MAX_EVIDENCE,
+    MAX_EVIDENCE_CHARS,
     MAX_WEIGHTS,
     Advert,
     AdvertBook,
@@ -27,13 +29,17 @@ from meshd.view import (
     NodeState,
     NodeView,
     PeerState,
+    PeerView,
+    ProofView,
     Role,
+    RuntimeView,
     Target,
     View,
     WeightsView,
 )
 
 A, B, C = (NodeId(c * 52) for c in "abc")
+PROOF = {"level": "runtime", "passed": True, "checked_at": 1.79e9}
 
 
 def view(*models: ModelView, state: NodeState = NodeState.READY, devices: int = 1) -> View:
@@ -62,6 +68,12 @@ def holding(count: int, *models: ModelView) -> View:
         for name in "ab"
     ]
     return replace(view(*models), weights=tuple(sets))
+
+
+def proved(backend: str, *lines: str, passed: bool = True, problem: str | None = None) -> View:
+    proof = ProofView("runtime", passed, 1.79e9, lines, problem=problem)
+    runtime = RuntimeView("e", backend, "0.5", "7.0.0", "/e", (), proof, built_for="cuda")
+    return replace(view(), runtime=runtime)
 
 
 def put(book: AdvertBook, node: NodeId, body: dict[str, Any], version: int = 1) -> bool:
@@ -141,6 +153,45 @@ def test_a_client_s_weights_are_neither_told_nor_believed() -> None:
     assert book.weights(A) == frozenset()
 
 
+def seen(body: dict[str, Any]) -> PeerView:
+    book = AdvertBook()
+    put(book, A, body)
+    _, (peer,) = picture({A: Standing(PeerState.ALIVE, ())}, book, {}, B, "two")
+    return peer
+
+
+def test_what_models_run_on_is_told_with_its_evidence() -> None:
+    peer = seen(describe(proved("cuda", "offloaded 5/5 layers"), "one", Role.MEMBER))
+    assert peer.backend == "cuda"
+    assert peer.proof == ProofView("runtime", True, 1.79e9, ("offloaded 5/5 layers",))
+
+
+def test_a_node_whose_proof_fails_is_shown_as_cpu_and_why() -> None:
+    view = proved("cpu", passed=False, problem="the engine lists no such device")
+    peer = seen(describe(view, "one", Role.MEMBER))
+    assert peer.backend == "cpu"
+    assert peer.proof is not None
+    assert peer.proof.problem == "the engine lists no such device"
+
+
+def test_a_backend_is_not_believed_without_a_proof_that_passed() -> None:
+    body = describe(proved("cuda", passed=False), "one", Role.MEMBER)
+    assert seen(body).backend == "cpu"
+    assert seen({**body, "proof": None}).backend == "cpu"
+    assert seen(describe(view(), "one", Role.MEMBER)).backend == "cpu"
+    client = {**describe(proved("cuda"), "one", Role.MEMBER), "role": "client"}
+    assert (seen(client).backend, seen(client).proof) == ("cpu", None)
+
+
+def test_the_evidence_in_an_advert_is_bounded() -> None:
+    lines = [f"{n}: {'x' * 500}" for n in range(100)]
+    body = describe(proved("cuda", *lines, problem="p" * 5000), "one", Role.MEMBER)
+    evidence = body["proof"]["evidence"]
+    assert len(evidence) == MAX_EVIDENCE
+    assert all(len(line) == MAX_EVIDENCE_CHARS for line in evidence)
+    Advert.model_validate(body)
+
+
 def test_draining_is_said() -> None:
     assert describe(view(state=NodeState.DRAINING), "one", Role.MEMBER)["draining"] is True
     assert describe(view(), "one", Role.MEMBER)["draining"] is False
@@ -173,6 +224,12 @@ def test_an_advert_fits_and_keeps_what_is_served() -> None:
         {"weights": "sha256:"},
         {"weights": ["x" * 81]},
         {"weights": ["x"] * (MAX_WEIGHTS + 1)},
+        {"backend": 7},
+        {"proof": {"level": "runtime"}},
+        {"proof": {**PROOF, "passed": "yes"}},
+        {"proof": {**PROOF, "checked_at": -1.0}},
+        {"proof": {**PROOF, "evidence": ["x" * (MAX_EVIDENCE_CHARS + 1)]}},
+        {"proof": {**PROOF, "evidence": ["x"] * (MAX_EVIDENCE + 1)}},
     ],
 )
 def test_a_malformed_advert_is_refused(change: dict[str, Any]) -> None:

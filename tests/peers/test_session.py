@@ -6,6 +6,7 @@ import asyncio
 import base64
 import shutil
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from functools import partial
@@ -84,6 +85,11 @@ def unknown(at: Station, other: Station) -> bool:
     return at.peer(other) is None
 
 
+def runs_on(at: Station, other: Station, backend: str) -> bool:
+    peer = at.peer(other)
+    return peer is not None and peer.backend == backend
+
+
 async def test_two_nodes_see_each_other_and_what_they_serve(make: Maker) -> None:
     a = await make("a")
     a.serve_model(slots=3)
@@ -107,6 +113,23 @@ async def test_the_weights_a_node_holds_are_known_to_the_others(make: Maker) -> 
     await b.until(lambda: b.peer(a).weights == {held.digest}, "a's weights")  # type: ignore[union-attr]
     a.board.publish(replace(a.board.current, weights=()))
     await b.until(lambda: not b.peer(a).weights, "their end")  # type: ignore[union-attr]
+
+
+async def test_a_gpu_that_is_lost_is_lost_everywhere_within_seconds(make: Maker) -> None:
+    a = await make("a")
+    b, c = await make("b", a), await make("c", a)
+    a.prove("cuda")
+    for other in (b, c):
+        await other.until(partial(runs_on, other, a, "cuda"), "the proof")
+    began = time.monotonic()
+    a.prove("cpu", problem="the engine lists no such device: models would run on the CPU")
+    for other in (b, c):
+        await other.until(partial(runs_on, other, a, "cpu"), "the loss of the device")
+        peer = other.peer(a)
+        assert peer is not None
+        assert peer.proof is not None
+        assert "models would run on the CPU" in str(peer.proof.problem)
+    assert time.monotonic() - began < 5.0
 
 
 async def test_a_newcomer_that_knows_one_meets_all_and_each_pair_has_one_link(make: Maker) -> None:

@@ -40,8 +40,8 @@ tells of a device the engine lost within 45 s."""
 
 
 class Prover(Service):
-    """`serving`: pids of the engines that answer now. `find`: what to prove under `--require-gpu`,
-    where a start must not wait for somebody else to look; blocking, raises MeshdError."""
+    """`serving`: pids of the engines that answer now. `find`: the engine that will run; blocking,
+    raises MeshdError. It is asked only by `require_gpu`, which cannot wait to be told."""
 
     name = "prover"
 
@@ -58,7 +58,6 @@ class Prover(Service):
         glance_s: float = GLANCE_S,
     ) -> None:
         super().__init__()
-        self.start_limit_s = FIRST_LIMIT_S + 60.0 if config.require_gpu else self.start_limit_s
         self._config = config
         self._board = board
         self._looks = looks
@@ -76,6 +75,7 @@ class Prover(Service):
         self._glance: Glance | None = None
         self._glances = 0
         self._answered: ModelId | None = None
+        self._let_start = False
         self._ran: RuntimeEvidence | None = None
         """Of the last run that passed."""
 
@@ -85,13 +85,29 @@ class Prover(Service):
         self._wake.set()
         return self._shown(record)
 
+    async def require_gpu(self) -> None:
+        """For `--require-gpu`, before the service is started: prove now. Raises GpuRequired, with
+        what failed. At most `FIRST_LIMIT_S` and the time of some questions."""
+        try:
+            record = self._record
+            if record is None:
+                record = self._record = await self._pool.run(self._find)
+            await self._why(record)
+            verdict = await self._prove(record, "the node starts with --require-gpu")
+        except MeshdError as error:
+            raise GpuRequired(f"--require-gpu: {error.message}") from None
+        if verdict.backend == CPU:
+            problem = verdict.proof.problem or (
+                f"engine {record.id} is built for the CPU; `meshd runtime build --backend cuda` "
+                "builds one for an NVIDIA GPU"
+            )
+            raise GpuRequired(f"--require-gpu: {problem}", param="require_gpu")
+
     # -- service ----------------------------------------------------------------------------------
 
     async def main(self) -> None:
         unsubscribe = self._board.subscribe(self._view_changed)
         try:
-            if self._config.require_gpu:
-                await self._require_gpu()
             self.ready.set()
             self.spawn(self._watch(), name="watch")
             await self.stopping.wait()
@@ -107,7 +123,7 @@ class Prover(Service):
 
     async def _look(self) -> None:
         self._wake.clear()
-        if self._record is None:
+        if self._record is None or self._let_it_start(self._record):
             return
         try:
             why = await self._why(self._record)
@@ -116,18 +132,14 @@ class Prover(Service):
         except MeshdError as error:  # a pool that is full, weights that cannot be made
             log.warning("the engine cannot be proved now: %s", error.message)
 
-    async def _require_gpu(self) -> None:
-        try:
-            record = self._record
-            if record is None:
-                record = self._record = await self._pool.run(self._find)
-            await self._why(record)
-            verdict = await self._prove(record, "the node starts with --require-gpu")
-        except MeshdError as error:
-            raise GpuRequired(f"--require-gpu: {error.message}") from None
-        if verdict.backend == CPU:
-            problem = verdict.proof.problem or "the engine is built for the CPU"
-            raise GpuRequired(f"--require-gpu: {problem}", param="require_gpu")
+    def _let_it_start(self, record: RuntimeRecord) -> bool:
+        """Whether a look would be in the way now: on the CPU, of the first model that loads. It
+        wakes us when it is ready, or else a glance passes."""
+        loading = record.backend == CPU and self._config.model and self._answered is None
+        if not loading or self._evidence is not None or self._let_start:
+            return False
+        self._let_start = True
+        return True
 
     # -- when -------------------------------------------------------------------------------------
 
@@ -176,6 +188,9 @@ class Prover(Service):
         server = Path(record.server_path)
         backend = await self._pool.run(self._looks.backend, server, binary)  # 2
         built_for = meant_for(record.backend, binary)
+        if self._glance is not None:  # later lists are compared with the one that is judged
+            names = devices_of(built_for, backend.listed or ())
+            self._glance = replace(self._glance, listed=names)
         evidence = Evidence(built_for, self._clock.wall(), binary, backend, None)
         if built_for == CPU:
             return self._publish(record, replace(evidence, runtime=self._answer()))
@@ -224,7 +239,7 @@ class Prover(Service):
         if before is not None and before.backend != CPU and verdict.backend == CPU:
             log.error("models no longer run on %s: %s", before.backend, verdict.proof.problem)
         elif verdict.proof.passed:
-            log.info("proved: models run on %s", verdict.backend)
+            log.info("proved (%s): models run on %s", verdict.proof.level, verdict.backend)
         else:
             log.warning("engine %s runs on the CPU: %s", record.id, verdict.proof.problem)
         self._board.publish(replace(self._board.current, runtime=self._shown(record)))
@@ -250,6 +265,7 @@ class Prover(Service):
         if ready is None:
             return
         self._answered = ready
+        self._wake.set()
         evidence, record = self._evidence, self._proved
         if evidence is not None and record is not None and evidence.built_for == CPU:
             self._publish(record, replace(evidence, runtime=self._answer()))
