@@ -24,7 +24,7 @@ def test_the_least_command_line() -> None:
     assert value(argv, "--ctx-size") == "16384"  # llama-server divides it among the slots
     assert value(argv, "--parallel") == "4"
     assert {"--no-webui", "--slots", "--offline"} <= set(argv)
-    assert not {"--n-gpu-layers", "--cache-type-k", "--threads"} & set(argv)
+    assert not {"--mmproj", "--n-gpu-layers", "--cache-type-k", "--threads"} & set(argv)
 
 
 def test_all_of_it_with_further_arguments_last() -> None:
@@ -33,12 +33,14 @@ def test_all_of_it_with_further_arguments_last() -> None:
         "/w/m.gguf",
         context=1024,
         parallel=1,
+        mmproj="/w/mmproj-F16.gguf",
         gpu_layers=0,
         kv_type="q8_0",
         threads=3,
         extra=("--jinja", "--seed", "7"),
     )
     argv = server_argv("s", spec, INSTANCE, "ab.sock")
+    assert value(argv, "--mmproj") == "/w/mmproj-F16.gguf"
     assert value(argv, "--n-gpu-layers") == "0"
     assert (value(argv, "--cache-type-k"), value(argv, "--cache-type-v")) == ("q8_0", "q8_0")
     assert value(argv, "--threads") == "3"
