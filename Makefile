@@ -9,10 +9,10 @@ PYTHON ?= $(shell scripts/find-python.sh)
 ARGS ?=
 PYTEST ?= $(BIN)/python -m pytest
 
-.PHONY: help run test check unit bench soak venv engine system lock format clean
+.PHONY: help run test check unit bench service-test soak venv engine system lock format clean
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: engine ## set everything up and start a node with the built-in model (ARGS="…" adds flags)
 	exec $(BIN)/meshd run --model builtin $(ARGS)
@@ -39,6 +39,10 @@ bench: system venv engine ## the benchmarks; prints tables, writes bench/results
 	$(BIN)/python -m bench.proxy
 	$(BIN)/python -m bench.mesh
 	$(BIN)/python -m bench.cache
+
+service-test: venv engine ## the tests under a real systemd (root; Debian in a container; minutes)
+	scripts/system-packages.sh service
+	MESHD_TEST_SERVICE=1 $(PYTEST) tests/service $(ARGS)
 
 soak: venv engine ## the long runs
 	MESHD_SOAK=1 HYPOTHESIS_PROFILE=soak $(PYTEST) -m "engine or slow" $(ARGS)

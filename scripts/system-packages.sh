@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # What building the engine and running the tests needs from the system.
 # As root on Debian or Ubuntu: installs what is missing. Otherwise: names it, and fails only for
-# what nothing works without (a C++ compiler).
+# what nothing works without (a C++ compiler). `service`: also what `make service-test` needs.
 set -euo pipefail
 PATH="$PATH:/usr/sbin:/sbin" # where ip and nft are, which the tests of meshes make networks with
 
 declare -A package_of=([g++]=g++ [make]=make [git]=git [ip]=iproute2 [nft]=nftables)
+[ "${1:-}" = service ] && package_of+=([systemd-nspawn]=systemd-container [debootstrap]=debootstrap)
 required=(g++ make)
 
 missing=()

@@ -261,8 +261,8 @@ def _require_reach() -> None:
         if reason is not None:
             raise MeshdError(
                 f"the service could not start this meshd: {reason}; install it where every user "
-                "can read it: `python3 -m venv /opt/meshd`, `/opt/meshd/bin/pip install meshd`, "
-                "then `/opt/meshd/bin/meshd service install --system`"
+                "can read it: `python3 -m venv /opt/meshd`, `/opt/meshd/bin/pip install .` in the "
+                "source, then `/opt/meshd/bin/meshd service install --system`"
             )
 
 

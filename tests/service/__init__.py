@@ -1,0 +1,1 @@
+"""meshd under a real systemd: `make service-test`."""
