@@ -157,7 +157,7 @@ def _architectures_here() -> tuple[str, ...]:
 
 
 def _runtime_id(source: Source, options: BuildOptions, tools: Toolchain) -> str:
-    facts = [source.sha256 or source.name, tools.compiler, platform.machine(), cpu_features()]
+    facts = [source.sha256, tools.compiler, platform.machine(), cpu_features()]
     facts += cmake_args(options, source.commit)
     if tools.device_release:
         facts.append(f"nvcc {tools.device_release}")

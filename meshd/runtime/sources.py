@@ -72,8 +72,8 @@ class Source:
     directory: Path
     name: str
     """What it is, for people and the record."""
-    sha256: str | None
-    """Of the archive, or over the files of a directory; None for a clone, which has a commit."""
+    sha256: str
+    """Of the archive, or over the files of a directory or a clone."""
     commit: str
     """llama.cpp's, seven digits; `unknown` where nothing tells."""
 
@@ -177,8 +177,7 @@ def _fetch(pinned: PinnedSource, sources_dir: Path) -> Path:
 def _unpack(archive: Path, digest: str, inner: str, sources_dir: Path) -> Path:
     """Unpack what lies below `inner`; an interrupted unpacking leaves nothing that counts."""
     target = sources_dir / f"tree-{digest[:16]}"
-    seal = sources_dir / f"tree-{digest[:16]}.sha256"
-    if seal.is_file() and (target / MARKER).is_file() and seal.read_text() == tree_sha256(target):
+    if _sealed(target) is not None:
         return target
     temporary = Path(tempfile.mkdtemp(dir=sources_dir, prefix=_SCRATCH))
     try:
@@ -190,11 +189,7 @@ def _unpack(archive: Path, digest: str, inner: str, sources_dir: Path) -> Path:
                     tar.extract(member.replace(name=kept, deep=False), temporary, filter="data")
         if not (temporary / MARKER).is_file():
             raise SourceRejected(f"{archive} has no {MARKER} where it should be")
-        seal.unlink(missing_ok=True)
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
-        # Written last: a tree somebody edits later must not pass for the archive's.
-        seal.write_text(tree_sha256(target))
+        _seal(temporary, target)
     except _UNREADABLE as error:
         raise SourceRejected(f"{archive} cannot be unpacked: {error}") from None
     except OSError as error:
@@ -255,7 +250,8 @@ def _clone(source: str, sources_dir: Path) -> Source:
     if tag is None:
         raise SourceRejected(f"--source {source}: name a tag, as in git+URL@TAG")
     target = sources_dir / f"git-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
-    if not target.is_dir():
+    digest = _sealed(target)
+    if digest is None:
         with tempfile.TemporaryDirectory(dir=sources_dir, prefix=_SCRATCH) as temporary:
             tree = Path(temporary) / "tree"
             command = [*("git", "clone", "--quiet", "--depth", "1", "--branch", tag, "--", url)]
@@ -265,8 +261,31 @@ def _clone(source: str, sources_dir: Path) -> Source:
                 raise BuildFailed(f"{url} at {tag} could not be cloned: {words}")
             if not (tree / MARKER).is_file():
                 raise SourceRejected(f"{url} at {tag} has no {MARKER}: it is not llama.cpp")
-            tree.rename(target)
-    return Source(target, source, None, _commit_of(target))
+            digest = _seal(tree, target)
+    return Source(target, source, digest, _commit_of(target))
+
+
+def _sealed(target: Path) -> str | None:
+    """The hash of the tree `target` if nobody changed it since it was put there."""
+    try:
+        digest = target.with_suffix(".sha256").read_text()
+    except OSError:
+        return None
+    if not (target / MARKER).is_file():
+        return None
+    return digest if digest == tree_sha256(target) else None
+
+
+def _seal(tree: Path, target: Path) -> str:
+    """Put `tree` in place of `target`, and its hash beside it; returns that. The hash is written
+    last: a tree somebody edits later must not pass for what it was made from."""
+    seal = target.with_suffix(".sha256")
+    seal.unlink(missing_ok=True)
+    shutil.rmtree(target, ignore_errors=True)
+    tree.rename(target)
+    digest = tree_sha256(target)
+    seal.write_text(digest)
+    return digest
 
 
 def _commit_of(tree: Path) -> str:

@@ -219,8 +219,12 @@ def test_a_tag_of_a_repository(tmp_path: Path, sources: Path) -> None:
     head = _repository(tree)
     source = obtain(f"git+file://{tree}@v1", sources)
     assert source.commit == head[:7]
+    assert source.sha256 == tree_sha256(tree)
     assert (source.directory / "server.cpp").is_file()
     assert obtain(f"git+file://{tree}@v1", sources) == source
+    (source.directory / "server.cpp").write_text("// mine")
+    assert obtain(f"git+file://{tree}@v1", sources) == source
+    assert (source.directory / "server.cpp").read_text() == (tree / "server.cpp").read_text()
     with pytest.raises(BuildFailed, match="at v2 could not be cloned"):
         obtain(f"git+file://{tree}@v2", sources)
     with pytest.raises(SourceRejected, match="name a tag"):
