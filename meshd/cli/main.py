@@ -17,7 +17,7 @@ COMMANDS = {
     "status": "meshd.cli.show:status",
     "peers": "meshd.cli.mesh:peers",
     "models": "meshd.cli.show:models",
-    "gpus": "meshd.cli.runtime:gpus",
+    "gpus": "meshd.cli.gpus:gpus",
     "load": "meshd.cli.models:load",
     "unload": "meshd.cli.models:unload",
     "invite": "meshd.cli.mesh:invite",

@@ -1,4 +1,4 @@
-"""`meshd runtime …` and `meshd gpus`: work without a daemon."""
+"""`meshd runtime …`: works without a daemon."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from meshd import config
-from meshd.cli.options import json_option, print_json, size
+from meshd.cli.options import json_option, print_json
 from meshd.errors import EngineMissing, EngineRejected
 
 if TYPE_CHECKING:
@@ -128,37 +128,6 @@ def use(runtime_id: str) -> int:
     """Choose the engine the next start runs."""
     record = _registry().use(runtime_id)
     click.echo(f"{record.id} will run from the next start of meshd on")
-    return 0
-
-
-@click.command()
-@json_option
-def gpus(as_json: bool) -> int:
-    """Devices of this machine: NVIDIA GPUs if there is a driver, and the CPU."""
-    from dataclasses import asdict
-
-    from meshd.runtime.devices import read_devices
-
-    devices = read_devices()
-    if as_json:
-        print_json([asdict(device) for device in devices])
-        return 0
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("DEVICE", "BACKEND", "FREE", "MEMORY", "COMPUTE"):
-        table.add_column(heading, overflow="fold")
-    for device in devices:
-        table.add_row(
-            escape(device.name),
-            device.backend,
-            size(device.memory_free_bytes),
-            size(device.memory_total_bytes) + (" (the machine's)" if device.unified else ""),
-            device.compute_capability or "-",
-        )
-    Console(highlight=False).print(table)
     return 0
 
 

@@ -98,8 +98,13 @@ def ask_version(server: Path, limit_s: float = ANSWER_LIMIT_S) -> str:
 def ask_devices(server: Path, limit_s: float = ANSWER_LIMIT_S) -> tuple[str, ...]:
     """What `--list-devices` says, as in `CUDA0: NVIDIA H200 (143771 MiB, 143000 MiB free)`.
     Blocking; initialises drivers. Raises EngineRejected."""
-    listing = _ask(server, "--list-devices", limit_s)
+    listing = ask_listing(server, limit_s)
     return tuple(f"{m['name']}: {m['what'].strip()}" for m in _DEVICE.finditer(listing))
+
+
+def ask_listing(server: Path, limit_s: float = ANSWER_LIMIT_S) -> str:
+    """All that `--list-devices` prints, for `devices.parse_list`. As `ask_devices` otherwise."""
+    return _ask(server, "--list-devices", limit_s)
 
 
 def engine_files(directory: Path) -> tuple[Path, ...]:

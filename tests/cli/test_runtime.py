@@ -1,4 +1,4 @@
-"""`meshd runtime …` and `meshd gpus`, without a daemon, as a person or a script calls them."""
+"""`meshd runtime …`, without a daemon, as a person or a script calls them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 
 from meshd.cli.main import main
 from meshd.runtime.registry import Registry
-from meshd.view import DeviceView
 from tests.runtime.fake_engine import make_engine
 from tests.runtime.toy_source import toy_files, toy_tree
 
@@ -163,29 +162,3 @@ def test_no_compiler_is_said_with_its_package(
     result = cli("runtime", "build", "--backend", "cpu")
     assert result.exit_code == 1
     assert "apt install g++" in result.stderr
-
-
-def test_gpus(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    devices = (
-        DeviceView("NVIDIA H200 [x]", "cuda", "GPU-1", 140 << 30, 139 << 30, False, "9.0"),
-        DeviceView("A CPU", "cpu", None, 64 << 30, 48 << 30, True, None),
-    )
-    monkeypatch.setattr("meshd.runtime.devices.read_devices", lambda: devices)
-    lines = cli("gpus").stdout.splitlines()
-    assert lines[0].split() == ["DEVICE", "BACKEND", "FREE", "MEMORY", "COMPUTE"]
-    assert lines[1].split() == [
-        *("NVIDIA", "H200", "[x]", "cuda", "139.0", "GiB", "140.0", "GiB", "9.0")
-    ]
-    assert "64.0 GiB (the machine's)" in lines[2]
-    told = json.loads(cli("gpus", "--json").stdout)
-    assert told[0]["memory_free_bytes"] == 139 << 30
-    assert set(told[0]) == {
-        *("name", "backend", "uuid", "memory_total_bytes", "memory_free_bytes", "unified"),
-        *("compute_capability", "engine_name", "driver", "problem"),
-    }
-
-
-def test_gpus_of_this_machine(cli: Cli) -> None:
-    result = cli("gpus", "--json")
-    assert result.exit_code == 0
-    assert json.loads(result.stdout)[-1]["backend"] == "cpu"

@@ -32,8 +32,7 @@ def read_amd(sys: Path, dev: Path, memory: Memory) -> tuple[Driver, tuple[Gpu, .
         why = (
             "the amdgpu driver is loaded and lists no GPU"
             if loaded
-            else "the amdgpu driver is not loaded; `sudo modprobe amdgpu` loads it, `sudo dmesg` "
-            "says why it cannot be"
+            else "the amdgpu driver is not loaded (`sudo modprobe amdgpu`, where there is an AMD GPU)"
         )
         return Driver("AMD", version, why), ()
     nodes = _nodes(sys)
