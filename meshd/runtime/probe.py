@@ -13,6 +13,7 @@ from pathlib import Path
 
 from meshd.config import environment_of_children
 from meshd.errors import EngineRejected
+from meshd.runtime.devices import engine_list
 from meshd.runtime.record import Binary, BuildFacts, RuntimeRecord
 
 SERVER = "llama-server"
@@ -30,16 +31,6 @@ of these is too old."""
 _LIBRARY = re.compile(r"\.(so|dylib)(\.|$)")
 _SYSTEM_PREFIXES = ("", "usr", "local")
 _DEVICE = re.compile(r"^\s+(?P<name>[A-Za-z]+\d*): (?P<what>.+)$", re.MULTILINE)
-_BACKENDS = {
-    "cuda": "cuda",
-    "rocm": "rocm",
-    "hip": "rocm",
-    "vulkan": "vulkan",
-    "metal": "metal",
-    "mtl": "metal",
-    "cpu": "cpu",
-    "blas": "cpu",
-}
 _MISSING_LIBRARY = re.compile(r"error while loading shared libraries: ([^\s:]+)")
 _EXECUTION_HINTS = {
     "Exec format error": "; it was built for another kind of machine",
@@ -134,8 +125,7 @@ def backend_of(devices: tuple[str, ...]) -> str:
 
     None is `cpu`; one that meshd does not know keeps the name the engine gives it.
     """
-    names = [re.sub(r"\d*:.*", "", device, flags=re.DOTALL).lower() for device in devices]
-    backends = [_BACKENDS.get(name, name) for name in names]
+    backends = (engine_list.backend_of(device.partition(":")[0]) for device in devices)
     return next((b for b in backends if b != "cpu"), "cpu")
 
 

@@ -32,7 +32,7 @@ def read_amd(sys: Path, dev: Path, memory: Memory) -> tuple[Driver, tuple[Gpu, .
         why = (
             "the amdgpu driver is loaded and lists no GPU"
             if loaded
-            else "the amdgpu driver is not loaded (`sudo modprobe amdgpu`, where there is an AMD GPU)"
+            else "the amdgpu driver is not loaded (with an AMD GPU: `sudo modprobe amdgpu`)"
         )
         return Driver("AMD", version, why), ()
     nodes = _nodes(sys)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from string import ascii_letters
 
 MIB = 1 << 20
 
@@ -68,10 +69,15 @@ def parse_list(text: str, built_for: str) -> EngineList:
     return EngineList(built_for, devices, tuple(line for line in said if line not in named))
 
 
+def backend_of(name: str) -> str:
+    """The backend of a device by the engine's name for it: `CUDA0` is `cuda`, `ROCm1` is `rocm`."""
+    word = name.rstrip("0123456789").lower()
+    return _BACKENDS.get(word, word)
+
+
 def _device(match: re.Match[str], capabilities: dict[str, str]) -> EngineDevice:
-    word = match["name"].rstrip("0123456789").lower()
-    backend = _BACKENDS.get(word, word)
-    number = match["name"][len(word) :]
+    backend = backend_of(match["name"])
+    number = match["name"].lstrip(ascii_letters)
     return EngineDevice(
         name=match["name"],
         backend=backend,
