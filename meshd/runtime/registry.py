@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -11,6 +12,9 @@ from pydantic import ValidationError
 from meshd.errors import EngineMissing, EngineRejected, NotFound
 from meshd.kernel.files import write_atomic
 from meshd.runtime.probe import SERVER, engine_files, probe, sha256_of
+from meshd.runtime.proof.binary import read_binary
+from meshd.runtime.proof.evidence import Evidence
+from meshd.runtime.proof.judge import judge
 from meshd.runtime.record import RuntimeRecord, cpu_features
 
 RECORD = "record.json"
@@ -71,7 +75,8 @@ class Registry:
         return record
 
     def verify(self, runtime_id: str) -> tuple[str, ...]:
-        """What is wrong with an engine: nothing, if every hash fits and it still runs."""
+        """What is wrong with an engine: nothing, if every hash fits, it still runs, and the first
+        layer of its proof holds."""
         record = self.get(runtime_id)
         findings: list[str] = []
         for binary in record.binaries:
@@ -94,6 +99,9 @@ class Registry:
             else:
                 if seen.version != record.version:
                     findings.append(f"it says {seen.version}, the record {record.version}")
+        if not findings:
+            evidence = Evidence(record.backend, time.time(), read_binary(record))
+            findings += [layer.problem for layer in judge(evidence).layers if layer.problem]
         return tuple(findings)
 
     def find(self, runtime_dir: Path | None) -> RuntimeRecord:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,10 @@ from meshd.runtime.probe import probe
 from meshd.runtime.record import BuildFacts, RuntimeRecord, cpu_features
 from meshd.runtime.registry import RECORD, REMEMBERED_LIMIT, Registry
 from tests.runtime.fake_engine import make_engine, questions
+from tests.runtime.proof.conftest import cpu_program
+from tests.runtime.proof.native import place_engine
+
+__all__ = ["cpu_program"]
 
 FACTS = BuildFacts(
     source="toy",
@@ -32,14 +38,21 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
     return Registry(tmp_path / "cache")
 
 
-def built(registry: Registry, runtime_id: str, *, at: float, cpu: str = "") -> RuntimeRecord:
+def built(
+    registry: Registry,
+    runtime_id: str,
+    *,
+    at: float,
+    cpu: str = "",
+    make: Callable[[Path], Path] = make_engine,
+) -> RuntimeRecord:
     """An engine as `build` leaves one."""
-    directory = make_engine(registry.directory / runtime_id)
+    directory = make(registry.directory / runtime_id)
     facts = FACTS.model_copy(update={"cpu": cpu})
     record = probe(directory, runtime_id=runtime_id, build=facts, rpc_protocol="7.0.0")
     record = record.model_copy(update={"probed_at": at})
     (directory / RECORD).write_text(record.model_dump_json())
-    (directory / "asked").unlink()
+    (directory / "asked").unlink(missing_ok=True)
     return record
 
 
@@ -197,9 +210,23 @@ def test_a_cache_that_moved_is_still_good(registry: Registry, tmp_path: Path) ->
     assert found.server_path.startswith(str(tmp_path / "elsewhere"))
 
 
-def test_verify_of_a_good_engine_finds_nothing(registry: Registry) -> None:
-    built(registry, "cpu-a", at=1.0)
+def test_verify_of_a_good_engine_finds_nothing(registry: Registry, cpu_program: Path) -> None:
+    built(registry, "cpu-a", at=1.0, make=partial(place_engine, cpu_program))
     assert registry.verify("cpu-a") == ()
+
+
+def test_verify_looks_at_what_is_really_run(registry: Registry) -> None:
+    built(registry, "cpu-a", at=1.0)  # a script
+    (finding,) = registry.verify("cpu-a")
+    assert "none of the files of this engine" in finding
+
+
+def test_verify_asks_for_what_it_was_built_for(registry: Registry, cpu_program: Path) -> None:
+    record = built(registry, "cuda-a", at=1.0, make=partial(place_engine, cpu_program))
+    changed = record.model_copy(update={"backend": "cuda"})
+    (Path(record.directory) / RECORD).write_text(changed.model_dump_json())
+    (finding,) = registry.verify("cuda-a")
+    assert "it was not built for cuda" in finding
 
 
 def test_verify_names_what_is_wrong(registry: Registry) -> None:

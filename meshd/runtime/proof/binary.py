@@ -8,10 +8,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from meshd.config import environment_of_children
@@ -34,9 +34,10 @@ CHOICES = (
 """Values of the CMakeCache that go into the evidence, in this order."""
 CACHE = "CMakeCache.txt"
 ANSWER_LIMIT_S = 20.0
-PIPE_BYTES = 4096
-"""Less than any `--help` of llama-server: it blocks on the full pipe, and so is there to be looked
-at for as long as that takes."""
+WRAPPER_S = 1.0
+"""A script has become the program it starts by then, or it never does."""
+POLL_S = 0.01
+FILL_BYTES = 4096
 
 _BACKEND_LIBRARY = re.compile(r"libggml-(?!base\b)([a-z]+)[\w-]*\.(?:so|dylib)")
 _VENDOR_LIBRARY = {"libcudart": "cuda", "libcuda": "cuda", "libamdhip64": "hip"}
@@ -69,35 +70,58 @@ def read_binary(record: RuntimeRecord) -> BinaryEvidence:
 
 
 def executed(server: Path) -> str | None:
-    """The file the kernel runs when `server` is started: a wrapper's program, a link's end.
+    """The file the kernel runs when `server` is started: a link's end, the program that a wrapper
+    becomes, or the shell of a wrapper that stays.
 
     None if it cannot be seen. Where there is no /proc, the end of the link.
     """
     if sys.platform != "linux":
         return str(server.resolve()) if server.exists() else None
+    reader, writer = _full_pipe()
     try:
         process = subprocess.Popen(
             [str(server), "--help"],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stdout=writer,
+            stderr=writer,
             env=environment_of_children(),
-            pipesize=PIPE_BYTES,
             start_new_session=True,
         )
     except OSError:
         return None
+    finally:
+        os.close(writer)
     with process:
-        assert process.stdout is not None
         try:
-            # Whoever writes the first words is what really runs.
-            ready, _, _ = select.select([process.stdout], [], [], ANSWER_LIMIT_S)
-            return str(Path(f"/proc/{process.pid}/exe").readlink()) if ready else None
+            return _settled(process.pid, str(server.resolve()))
         except OSError:
             return None
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
+            os.close(reader)
+
+
+def _full_pipe() -> tuple[int, int]:
+    """A pipe that takes no byte more: whoever has something to say blocks, and does not end."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(FILL_BYTES))
+    os.set_blocking(writer, True)
+    return reader, writer
+
+
+def _settled(pid: int, expected: str) -> str:
+    """What `pid` runs: `expected` at once, anything else after the time a wrapper may take.
+    Raises OSError if it has ended."""
+    deadline = time.monotonic() + WRAPPER_S
+    while True:
+        program = str(Path(f"/proc/{pid}/exe").readlink())
+        if program == expected or time.monotonic() > deadline:
+            return program
+        time.sleep(POLL_S)
 
 
 def linked_backends(server: Path) -> tuple[str, ...] | None:

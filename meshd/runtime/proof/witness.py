@@ -6,12 +6,11 @@ what appeared on the devices since before the process was started, and the words
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+from meshd.runtime.devices import Reading, take_reading
 
 INITIAL_PID_NAMESPACE = "pid:[4026531836]"
 """PROC_PID_INIT_INO (include/linux/proc_ns.h), where pids are those the driver sees."""
@@ -26,31 +25,22 @@ class Usage:
     pids: Mapping[int, int] = field(default_factory=dict)
     """Device memory of each process the driver names; 0 where it does not tell."""
     used_bytes: int = 0
-    """Of all devices together; 0 where the driver does not count memory."""
+    """Of all devices that have memory of their own."""
 
 
-def read_usage(nvml: Any = None) -> Usage | None:
-    """None if there is no driver to ask. `nvml`: the module `pynvml`; None imports it. Blocking."""
-    try:
-        nvml = nvml or importlib.import_module("pynvml")
-        nvml.nvmlInit()
-    except Exception:  # no driver, another driver, no library
+def read_usage() -> Usage | None:
+    """None if there is no driver that answers. Blocking."""
+    return usage_in(take_reading())
+
+
+def usage_in(reading: Reading) -> Usage | None:
+    driver = reading.driver_of("cuda")
+    gpus = [gpu for gpu in reading.gpus if gpu.view.backend == "cuda"]
+    if driver is None or driver.version is None or not gpus:
         return None
-    pids: dict[int, int] = {}
-    used = 0
-    try:
-        for index in range(nvml.nvmlDeviceGetCount()):
-            with contextlib.suppress(nvml.NVMLError):
-                handle = nvml.nvmlDeviceGetHandleByIndex(index)
-                for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle):
-                    pids[int(process.pid)] = int(process.usedGpuMemory or 0)
-                used += int(nvml.nvmlDeviceGetMemoryInfo(handle).used)
-    except nvml.NVMLError:
-        return None
-    finally:
-        with contextlib.suppress(nvml.NVMLError):
-            nvml.nvmlShutdown()
-    return Usage(pids, used)
+    pids = {p.pid: p.used_bytes or 0 for gpu in gpus for p in gpu.processes or ()}
+    own = [gpu.view for gpu in gpus if not gpu.view.unified and not gpu.divided]
+    return Usage(pids, sum(v.memory_total_bytes - v.memory_free_bytes for v in own))
 
 
 def sees(before: Usage | None, now: Usage | None, pid: int, *, own_pids: bool) -> tuple[bool, str]:
