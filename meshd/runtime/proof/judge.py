@@ -300,13 +300,18 @@ def _offloaded(seen: RuntimeEvidence) -> str | None:
     done, of = seen.offloaded
     if done < of or of <= 0:
         return f"only {done} of {of} layers went to {seen.device}; the rest ran on the CPU"
-    if not any(name.startswith(seen.device) and mib > 0 for name, mib in seen.buffers):
+    if not any(_lies_on(seen.device, name) and mib > 0 for name, mib in seen.buffers):
         places = ", ".join(name for name, _ in seen.buffers) or "nowhere it told of"
         return (
             f"the engine says it put {done} of {of} layers on {seen.device}, but its weights lie in"
             f" {places}: it computes on the CPU"
         )
     return None
+
+
+def _lies_on(device: str, buffer: str) -> bool:
+    """Buffers are called like their device, or as in `MTL0_Mapped`; `CUDA10` is not CUDA1."""
+    return buffer == device or buffer.startswith(f"{device}_")
 
 
 def _witness(seen: RuntimeEvidence, built_for: str) -> str | None:

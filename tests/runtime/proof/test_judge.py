@@ -120,6 +120,7 @@ def test_a_device_its_witnesses_do_not_agree_on(change: dict[str, Any], words: s
         ({"offloaded": (0, 5)}, "only 0 of 5 layers"),
         ({"offloaded": (4, 5)}, "only 4 of 5 layers"),
         ({"buffers": (("CPU_Mapped", 4.85),)}, "its weights lie in CPU_Mapped"),
+        ({"buffers": (("CUDA01", 4.6), ("CUDA_Host", 1.0))}, "its weights lie in CUDA01"),
         ({"buffers": ()}, "nowhere it told of"),
         ({"buffers": (("CUDA0", 0.0),)}, "computes on the CPU"),
         ({"generated": False}, "no model answered on CUDA0"),
