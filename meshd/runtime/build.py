@@ -146,10 +146,14 @@ def _architectures_here() -> tuple[str, ...]:
     devices = [device for device in read_devices() if device.backend == "cuda"]
     found = architectures_of(d.compute_capability for d in devices if d.compute_capability)
     if not found:
-        seen = f"of {devices[0].name}" if devices else "of any NVIDIA GPU"
+        why = (
+            f"the driver does not tell the compute capability of {devices[0].name}"
+            if devices
+            else "no NVIDIA driver answers here (`meshd gpus` says why)"
+        )
         raise BuildFailed(
-            f"the driver tells no compute capability {seen} here, so the architecture is unknown; "
-            "name it: --cuda-arch 121 is GB10, 90 H100 and H200, 89 RTX 40, 120 RTX 50; "
+            f"the architecture is unknown: {why}; name it: --cuda-arch 121 is GB10, 90 H100 and "
+            "H200, 89 RTX 40, 120 RTX 50; "
             "`nvidia-smi --query-gpu=compute_cap --format=csv` on the machine that will run it "
             "tells it (12.1 is 121)"
         )

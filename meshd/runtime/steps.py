@@ -65,8 +65,12 @@ def failure_of(program: str, status: int, lines: Sequence[str], log: Path) -> Me
     if words.startswith("CMake Error"):  # what is wrong stands below it
         below = (line.strip() for line in lines[telling[0] + 1 :])
         words = " ".join((words, next((line for line in below if line), "")))
-    remedy = "".join(f"; {told}" for sign, told in _ABSENT.items() if sign in text)
-    return BuildFailed(f"{program} failed with status {status}: {words.strip()}{remedy} {where}")
+    told = f"{words.strip()}; {remedy}" if (remedy := _remedy(text)) else words.strip()
+    return BuildFailed(f"{program} failed with status {status}: {told} {where}")
+
+
+def _remedy(text: str) -> str | None:
+    return next((remedy for sign, remedy in _ABSENT.items() if sign in text), None)
 
 
 def run_step(

@@ -380,8 +380,19 @@ def test_each_architecture_is_an_engine_of_its_own(cache: Path, tree: Path, cuda
     assert len(ids) == 2
 
 
+def test_a_driver_that_does_not_tell_the_architecture(
+    cache: Path, tree: Path, cuda: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent = dataclasses.replace(GB10, compute_capability=None)
+    monkeypatch.setattr("meshd.runtime.build.read_devices", lambda: (silent, CPU))
+    with pytest.raises(BuildFailed, match=r"does not tell the compute capability of NVIDIA GB10"):
+        cuda_build(cache, tree, None)
+
+
 def test_no_driver_and_no_architecture(cache: Path, tree: Path, cuda: Path) -> None:
-    with pytest.raises(BuildFailed, match=r"of any NVIDIA GPU here.* name it: --cuda-arch 121"):
+    with pytest.raises(
+        BuildFailed, match=r"no NVIDIA driver answers here.* --cuda-arch 121 is GB10"
+    ):
         cuda_build(cache, tree, None)
     assert nothing_was_begun(cache)
 
