@@ -46,7 +46,7 @@ def agree(reading: Reading, listing: EngineList, environ: Mapping[str, str]) -> 
                 gpus[at] = _with(gpus[at], device)
     for at, gpu in enumerate(gpus):
         if gpu.view.engine_name is None and gpu.view.problem is None:
-            why = _why_not_listed(gpu, gpus, listing, environ)
+            why = _why_not_listed(gpu, gpus, reading, listing, environ)
             problem = f"the driver lists it, the engine does not: {why}"
             gpus[at] = replace(gpu, view=replace(gpu.view, problem=problem))
     return replace(reading, gpus=(*gpus, *engine_only))
@@ -150,15 +150,20 @@ def _unknown_to_driver(device: EngineDevice, driver: Driver) -> str:
 
 
 def _why_not_listed(
-    gpu: Gpu, gpus: Sequence[Gpu], listing: EngineList, environ: Mapping[str, str]
+    gpu: Gpu,
+    gpus: Sequence[Gpu],
+    reading: Reading,
+    listing: EngineList,
+    environ: Mapping[str, str],
 ) -> str:
     """The first that applies:
 
     1. the engine was built for something else;
     2. a variable hides it;
     3. it is a MIG instance beside one that is listed;
-    4. what the engine complains of;
-    5. nothing is known.
+    4. the driver knows what stands in the way (/dev/kfd, which Vulkan does not need);
+    5. what the engine complains of;
+    6. nothing is known.
     """
     backend = gpu.view.backend
     if backend not in _REACHES.get(listing.built_for, ()) and not any(  # 1
@@ -176,9 +181,12 @@ def _why_not_listed(
             "CUDA uses one MIG instance a process; CUDA_VISIBLE_DEVICES="
             f"{gpu.view.uuid} chooses this one"
         )
-    if listing.complaints:  # 4
+    driver = reading.driver_of(backend)
+    if driver is not None and driver.problem is not None and listing.built_for == backend:  # 4
+        return driver.problem
+    if listing.complaints:  # 5
         return listing.complaints[0]
-    return "it gives no reason; `meshd doctor` looks at libraries and architecture"  # 5
+    return "it gives no reason; `meshd doctor` looks at libraries and architecture"  # 6
 
 
 def _is_hidden(gpu: Gpu, visible: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -85,31 +86,30 @@ class _Reader:
         self._memory = memory
         self._proc = proc
 
-    def read(self, index: int) -> Iterator[Gpu]:
+    def read(self, index: int) -> list[Gpu]:
         """The GPU, then its MIG instances."""
         nvml = self._nvml
-        try:
-            handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        except nvml.NVMLError as error:
-            yield self._unreadable(f"NVIDIA GPU {index}", None, index, error)
-            return
         name, uuid = f"NVIDIA GPU {index}", None
         try:
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
             name = _text(nvml.nvmlDeviceGetName(handle))
             uuid = _text(nvml.nvmlDeviceGetUUID(handle))
             capability = self._capability(handle)
             instances = list(self._instances(handle))
             divided = bool(instances) or self._mig_is_on(handle)
             problem = None if not divided else _DIVIDED if instances else _EMPTY
-            yield self._gpu(handle, index, name, uuid, capability, problem, divided=divided)
+            found = [self._gpu(handle, index, name, uuid, capability, problem, divided=divided)]
             for number, instance in enumerate(instances):
                 own_name = _text(nvml.nvmlDeviceGetName(instance))
                 # Older drivers give an instance the name of its GPU.
                 own_name = own_name if own_name != name else f"{name} MIG {number}"
                 own_uuid = _text(nvml.nvmlDeviceGetUUID(instance))
-                yield self._gpu(instance, index, own_name, own_uuid, capability, parent=uuid)
+                found.append(
+                    self._gpu(instance, index, own_name, own_uuid, capability, parent=uuid)
+                )
         except nvml.NVMLError as error:
-            yield self._unreadable(name, uuid, index, error)
+            return [self._unreadable(name, uuid, index, error)]
+        return found
 
     def _gpu(
         self,
@@ -153,10 +153,14 @@ class _Reader:
     def _instances(self, handle: Any) -> Iterator[Any]:
         if not self._mig_is_on(handle):
             return
-        slots = self._if_told(lambda: self._nvml.nvmlDeviceGetMaxMigDeviceCount(handle)) or 0
+        nvml = self._nvml
+        slots = self._if_told(lambda: nvml.nvmlDeviceGetMaxMigDeviceCount(handle)) or 0
         for slot in range(slots):
-            with contextlib.suppress(self._nvml.NVMLError_NotFound):  # most slots are empty
-                yield self._nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, slot)
+            instance = self._if_told(
+                partial(nvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, slot)
+            )
+            if instance is not None:
+                yield instance
 
     def _processes(self, handle: Any) -> tuple[GpuProcess, ...] | None:
         nvml = self._nvml
@@ -182,6 +186,7 @@ class _Reader:
             nvml.NVMLError_NoPermission,
             nvml.NVMLError_FunctionNotFound,
             nvml.NVMLError_InvalidArgument,  # drivers of old, asked about MIG
+            nvml.NVMLError_NotFound,  # an empty slot of MIG; most are
         ):
             return None
 

@@ -224,6 +224,18 @@ def test_amd_is_known_by_its_memory() -> None:
     assert words(agree(reading, parse_list(listings.ROCM, "rocm"), {})) == [("ROCm0", None)]
 
 
+def test_the_driver_knows_why_rocm_finds_none() -> None:
+    driver = Driver("AMD", None, "/dev/kfd cannot be opened by this user")
+    reading = Reading((amd("AMD GPU gfx1100", 24_560 * MIB),), CPU, (driver,))
+    listing = parse_list(
+        "ggml_cuda_init: failed to initialize ROCm: no ROCm-capable device is detected\n"
+        "Available devices:\n  (none)\n",
+        "rocm",
+    )
+    ((_, problem),) = words(agree(reading, listing, {}))
+    assert problem == f"the driver lists it, the engine does not: {driver.problem}"
+
+
 def test_an_apu_beside_a_card() -> None:
     apu = amd("AMD GPU gfx1151", 96 * GIB, unified=True, gfx="gfx1151")
     reading = Reading(

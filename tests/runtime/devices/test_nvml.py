@@ -104,6 +104,15 @@ def test_a_lost_gpu_is_shown_and_does_not_hide_the_others(tmp_path: Path) -> Non
     assert nvml.calls == ["init", "shutdown"]
 
 
+def test_a_divided_gpu_that_is_lost_while_it_is_read_is_listed_once(tmp_path: Path) -> None:
+    lost = Part(uuid="MIG-1", memory=pynvml.NVML_ERROR_GPU_IS_LOST)
+    nvml = FakeNvml(Part(uuid="GPU-0", mig=True, instances={0: Part(uuid="MIG-0"), 1: lost}))
+    _, (gpu,) = read_nvidia(nvml, MACHINE, tmp_path)
+    assert gpu.view.uuid == "GPU-0"
+    assert gpu.view.problem is not None
+    assert "fell off the bus" in gpu.view.problem
+
+
 def test_a_gpu_with_another_error(tmp_path: Path) -> None:
     nvml = FakeNvml(Part(handle=pynvml.NVML_ERROR_IRQ_ISSUE))
     _, (gpu,) = read_nvidia(nvml, MACHINE, tmp_path)
