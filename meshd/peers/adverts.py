@@ -91,6 +91,9 @@ class AdvertDevice(_Peer):
     memory_free_bytes: Count
     unified: bool
     compute_capability: Text | None = None
+    engine_name: Text | None = None
+    driver: Text | None = None
+    problem: Annotated[str, StringConstraints(max_length=1024)] | None = None
 
     def to_view(self) -> DeviceView:
         return DeviceView(**self.model_dump())
@@ -160,6 +163,9 @@ def describe(view: View, name: str, role: Role) -> dict[str, Any]:
             "memory_free_bytes": _coarse(device.memory_free_bytes, device.memory_total_bytes),
             "unified": device.unified,
             "compute_capability": device.compute_capability,
+            "engine_name": device.engine_name,
+            "driver": device.driver,
+            "problem": device.problem[:1024] if device.problem else None,
         }
         for device in view.devices[:MAX_DEVICES]
     ]

@@ -156,3 +156,14 @@ class TestDaemon:
         model = daemon.wait_state("builtin", "waiting")
         assert "has no llama-server" in model["reason"] or "looking" in model["reason"]
         assert daemon.request("GET", "/readyz")[0] == 200
+
+
+def test_a_required_gpu_that_is_not_there_is_no_start(short_dir: Path) -> None:
+    arguments = ["run", "--require-gpu", "--no-mdns", "--data-dir", str(short_dir / "data")]
+    arguments += ["--listen", "127.0.0.1:0", "--peer-listen", "127.0.0.1:0"]
+    done = meshd(*arguments, XDG_CACHE_HOME=str(short_dir / "cache"), PATH="/none")
+    assert done.returncode == 78
+    assert done.stderr.splitlines()[-1].startswith("error: --require-gpu: there is no llama.cpp")
+    done = meshd(*arguments, "--client", XDG_CACHE_HOME=str(short_dir / "cache"), PATH="/none")
+    assert done.returncode == 78
+    assert "a client node hosts nothing" in done.stderr

@@ -92,6 +92,14 @@ def test_a_node_s_advert_comes_out_as_its_models_and_devices() -> None:
     assert peer.devices[0].memory_free_bytes == 9_000  # in sixteenths: it moves all the time
 
 
+def test_what_is_wrong_with_a_device_is_told() -> None:
+    device = replace(
+        view().devices[0], engine_name="CUDA0", driver="580.65.06", problem="fell off the bus"
+    )
+    (shown,) = seen(describe(replace(view(), devices=(device,)), "one", Role.MEMBER)).devices
+    assert shown == replace(device, memory_free_bytes=9_000)
+
+
 def test_free_slots_are_newer_than_the_advert_and_never_more_than_all() -> None:
     book = AdvertBook()
     put(book, A, describe(view(served()), "one", Role.MEMBER))
