@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pynvml
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from meshd.runtime.devices import Driver, EngineList, Gpu, Reading, agree, parse_list
 from meshd.runtime.devices.nvml import read_nvidia
@@ -272,3 +275,44 @@ def test_a_gpu_two_backends_list_is_one_gpu() -> None:
         "cuda",
     )
     assert words(agree(nvidia(FakeNvml(Part())), listing, {})) == [("CUDA0", None)]
+
+
+LOST = pynvml.NVML_ERROR_GPU_IS_LOST
+BACKENDS = ["cpu", "cuda", "vulkan"]
+NAMES = st.sampled_from(["NVIDIA H200", "NVIDIA GB10", "NVIDIA T400 4GB"])
+SIZES = st.sampled_from([0, 4_096, 122_570, 143_155, 143_771])
+PLUGGED = st.lists(st.tuples(NAMES, SIZES, st.booleans()), max_size=4)
+LISTED = st.lists(st.tuples(st.sampled_from(["CUDA", "Vulkan"]), NAMES, SIZES), max_size=4)
+
+
+@given(PLUGGED, LISTED, st.none() | st.text("0123,-GPU", max_size=6), st.sampled_from(BACKENDS))
+def test_no_device_is_lost_and_no_figure_is_changed(
+    plugged: list[tuple[str, int, bool]],
+    listed: list[tuple[str, str, int]],
+    visible: str | None,
+    built_for: str,
+) -> None:
+    before = nvidia(
+        FakeNvml(
+            *(
+                Part(name, f"GPU-{at}", (size * MIB, 0), handle=None if reads else LOST)
+                for at, (name, size, reads) in enumerate(plugged)
+            )
+        )
+    )
+    names = [f"{kind}{at}" for at, (kind, _, _) in enumerate(listed)]
+    lines = [
+        f"  {n}: {d} ({s} MiB, 0 MiB free)" for n, (_, d, s) in zip(names, listed, strict=True)
+    ]
+    listing = parse_list("\n".join(lines), built_for)
+    after = agree(before, listing, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+    kept, added = after.gpus[: len(plugged)], after.gpus[len(plugged) :]
+    for old, new in zip(before.gpus, kept, strict=True):
+        assert replace(new.view, engine_name=None, problem=old.view.problem) == old.view
+        assert new.view.engine_name is not None or new.view.problem is not None
+    said = [gpu.view.engine_name for gpu in after.gpus if gpu.view.engine_name is not None]
+    assert len(said) == len(set(said))
+    assert set(said) <= set(names)
+    assert all(gpu.view.problem for gpu in added)
+    first_kind = [n for n in names if n.startswith(listed[0][0])] if listed else []
+    assert set(first_kind) <= set(said)
