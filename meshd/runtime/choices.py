@@ -10,6 +10,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from meshd.runtime.proof.backends import CPU, SWITCHES, linked_as
+
 BACKENDS = ("cpu", "cuda", "rocm", "vulkan", "metal")
 
 _FLAGS: dict[str, tuple[str, ...]] = {
@@ -21,18 +23,6 @@ _FLAGS: dict[str, tuple[str, ...]] = {
     "rocm": ("-DGGML_HIP=ON",),
     "vulkan": ("-DGGML_VULKAN=ON",),
     "metal": ("-DGGML_METAL=ON",),
-}
-_SWITCHES = {
-    "cuda": "GGML_CUDA",
-    "rocm": "GGML_HIP",
-    "vulkan": "GGML_VULKAN",
-    "metal": "GGML_METAL",
-}
-_LIBRARIES = {
-    "cuda": "ggml-cuda",
-    "rocm": "ggml-hip",
-    "vulkan": "ggml-vulkan",
-    "metal": "ggml-metal",
 }
 _ENTRY = re.compile(r"^(?P<name>[A-Za-z]\w*):(?P<kind>\w+)=(?P<value>.*)$")
 _KEPT = re.compile(r"GGML_\w+|CMAKE_(CUDA|HIP)_(ARCHITECTURES|COMPILER)|CMAKE_BUILD_TYPE")
@@ -106,9 +96,9 @@ def not_taken(arguments: Sequence[str], backend: str, cache: str) -> tuple[str, 
         kind, value = entries.get(name, ("", "nothing"))
         if _KEPT.fullmatch(name) and _plain(value) != _plain(asked):  # 1
             findings.append(f"{name} is {value}, asked for was {asked}")
-        elif name in ("GGML_RPC", _SWITCHES.get(backend)) and kind == "UNINITIALIZED":  # 2
+        elif name in ("GGML_RPC", *SWITCHES.get(backend, ())) and kind == "UNINITIALIZED":  # 2
             findings.append(f"this source has no option {name}")
-    library = _LIBRARIES.get(backend)
+    library = _library(backend)
     available = entries.get("GGML_AVAILABLE_BACKENDS", ("", ""))[1]
     if library is not None and available and library not in available.split(";"):  # 3
         findings.append(f"it will build {available.replace(';', ', ')}, but not {library}")
@@ -117,8 +107,12 @@ def not_taken(arguments: Sequence[str], backend: str, cache: str) -> tuple[str, 
 
 def backend_library(backend: str) -> str | None:
     """Name of the library that an engine for `backend` is nothing without; None for the CPU."""
-    library = _LIBRARIES.get(backend)
+    library = _library(backend)
     return f"lib{library}" if library is not None else None
+
+
+def _library(backend: str) -> str | None:
+    return None if backend == CPU else f"ggml-{linked_as(backend)}"
 
 
 def _entries(cache: str) -> dict[str, tuple[str, str]]:

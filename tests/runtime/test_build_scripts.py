@@ -3,14 +3,17 @@ is asked for."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from meshd.runtime.registry import Registry
 from tests.runtime.fake_engine import program
 from tests.runtime.fake_nvcc import make_nvcc
+from tests.runtime.toy_source import toy_tree
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "scripts" / "build-linux.sh"
@@ -33,7 +36,7 @@ def log(tmp_path: Path) -> Path:
 
 
 def run(
-    script: Path, tmp_path: Path, *words: str, **environ: str
+    script: Path, tmp_path: Path, *words: str, limit_s: float = 30.0, **environ: str
 ) -> subprocess.CompletedProcess[str]:
     settings = {
         "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin",
@@ -45,7 +48,7 @@ def run(
         env={**settings, **environ},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=limit_s,
     )
 
 
@@ -102,3 +105,18 @@ def test_compiling_what_is_not_there(tmp_path: Path) -> None:
     done = run(COMPILE_ONLY, tmp_path, SOURCE=str(source), PYTHON=python, **environ)
     assert done.returncode == 1
     assert f"--source {source}: no such file or directory" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_real_environment_builds_a_real_if_small_engine(tmp_path: Path) -> None:
+    """With the index's packages; the source is a toy, so that the compiler has little to do."""
+    tree = toy_tree(tmp_path / "tree")
+    path = os.environ["PATH"]
+    done = run(BUILD, tmp_path, "--backend", "cpu", "--source", str(tree), PATH=path, limit_s=540)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("engine cpu-unknown-")
+    (record,) = Registry(tmp_path / "a cache").list()
+    assert record.unchanged()
+    assert not list(ROOT.glob("*.egg-info"))
+    assert not (ROOT / "build").exists()

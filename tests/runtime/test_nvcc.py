@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from meshd.runtime.nvcc import (
@@ -90,6 +93,19 @@ def test_the_table_where_nvcc_does_not_list(number: str, first: Release) -> None
     found = why_unfit((number,), Nvcc("nvcc", older, frozenset()))
     assert found is not None
     assert f"needs CUDA {first[0]}.{first[1]} or newer" in found
+
+
+def test_the_table_of_the_documentation() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text()
+    rows = re.search(r"nvcc of CUDA \|\n\|[-|]+\n((?:\|.*\n)+)", text)
+    assert rows is not None
+    told: dict[str, str] = {}
+    for line in rows[1].splitlines():
+        _, _, architectures, releases, _ = line.split("|")
+        told |= {a.strip(): releases for a in architectures.split(";")}
+    assert len(told) >= 10
+    for number, releases in told.items():
+        assert "{}.{}".format(*FIRST_RELEASE[number]) in releases
 
 
 def test_what_nobody_knows_is_left_to_nvcc() -> None:
