@@ -42,7 +42,7 @@ bench: system venv engine ## the benchmarks; prints tables, writes bench/results
 
 service-test: venv engine ## the tests under a real systemd (root; Debian in a container; minutes)
 	scripts/system-packages.sh service
-	MESHD_TEST_SERVICE=1 $(PYTEST) tests/service $(ARGS)
+	SERVICE_TEST=1 $(PYTEST) tests/service $(ARGS)
 
 soak: venv engine ## the long runs
 	MESHD_SOAK=1 HYPOTHESIS_PROFILE=soak $(PYTEST) -m "engine or slow" $(ARGS)

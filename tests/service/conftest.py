@@ -10,7 +10,7 @@ import pytest
 
 from tests.service.machine import Machine, missing
 
-CHOSEN = "MESHD_TEST_SERVICE"
+CHOSEN = "SERVICE_TEST"
 MEASURED = pytest.StashKey[list[str]]()
 
 
