@@ -42,6 +42,7 @@ def run(
         "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin",
         "XDG_CACHE_HOME": str(tmp_path / "a cache"),
         "HOME": str(tmp_path),
+        "MESHD_DATA_DIR": "/nonexistent/meshd",
     }
     return subprocess.run(
         [script, *words],
@@ -99,10 +100,10 @@ def test_compiling_what_is_not_there(tmp_path: Path) -> None:
     make_nvcc(tmp_path / "bin")
     for name in ("cmake", "ninja"):
         program(tmp_path / "bin" / name, "exit 1\n")
-    environ = {"PYTHONPATH": str(ROOT), "MESHD_DATA_DIR": "/nonexistent/meshd"}
     source = tmp_path / "nothing"
     python = sys.executable
-    done = run(COMPILE_ONLY, tmp_path, SOURCE=str(source), PYTHON=python, **environ)
+    path = str(ROOT)
+    done = run(COMPILE_ONLY, tmp_path, SOURCE=str(source), PYTHON=python, PYTHONPATH=path)
     assert done.returncode == 1
     assert f"--source {source}: no such file or directory" in done.stderr
 
