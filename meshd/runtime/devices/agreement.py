@@ -17,10 +17,11 @@ MEMORY_SHARE = 0.1
 """Drivers count what firmware and contexts keep for themselves, engines do not: up to a few percent
 apart is the same memory, more is another device or a part of one."""
 
+_VULKAN_CHOICE = "GGML_VK_VISIBLE_DEVICES"
 _HIDING = {
     "cuda": ("CUDA_VISIBLE_DEVICES",),
     "rocm": ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"),
-    "vulkan": ("GGML_VK_VISIBLE_DEVICES",),
+    "vulkan": (_VULKAN_CHOICE,),
 }
 """Variables that hide devices from an engine, by its backend; the first that is set counts."""
 _REACHES = {"cuda": ("cuda",), "rocm": ("rocm",), "vulkan": ("cuda", "rocm")}
@@ -46,7 +47,7 @@ def agree(reading: Reading, listing: EngineList, environ: Mapping[str, str]) -> 
                 gpus[at] = _with(gpus[at], device)
     for at, gpu in enumerate(gpus):
         if gpu.view.engine_name is None and gpu.view.problem is None:
-            why = _why_not_listed(gpu, gpus, reading, listing, environ)
+            why = _why_not_listed(at, gpus, reading, listing, environ)
             problem = f"the driver lists it, the engine does not: {why}"
             gpus[at] = replace(gpu, view=replace(gpu.view, problem=problem))
     return replace(reading, gpus=(*gpus, *engine_only))
@@ -65,9 +66,11 @@ def _match(
     devices: Sequence[EngineDevice], gpus: Sequence[Gpu], environ: Mapping[str, str]
 ) -> dict[int, int]:
     """Place in `devices` to place in `gpus`. All `devices` are of one backend and one family."""
-    backend, family = devices[0].backend, _family(devices[0])
-    usable = [i for i, g in enumerate(gpus) if g.view.backend == family and not g.view.problem]
-    order = _visible_first(usable, gpus, _hidden_by(backend, environ)[1])
+    usable = _usable(gpus, _family(devices[0]))
+    chosen = _chosen(usable, gpus, *_hidden_by(devices[0].backend, environ))
+    # The others stay: with GPUs of several kinds CUDA's numbers are not the driver's (fastest
+    # first), and names know better.
+    order = chosen + [at for at in usable if at not in chosen]
     ranked = sorted(
         (difference, abs(rank - place), place, at)
         for place, device in enumerate(devices)
@@ -81,22 +84,26 @@ def _match(
     return pairs
 
 
-def _visible_first(places: list[int], gpus: Sequence[Gpu], visible: str | None) -> list[int]:
-    """`places` with those a variable names first, in its order. The others stay: with devices of
-    several kinds CUDA's numbers are not the driver's (fastest first), and names know better."""
-    if visible is None:
-        return places
-    named: list[int] = []
-    for word in (part.strip() for part in visible.split(",")):
-        chosen = [
+def _usable(gpus: Sequence[Gpu], family: str | None) -> list[int]:
+    return [i for i, gpu in enumerate(gpus) if gpu.view.backend == family and not gpu.view.problem]
+
+
+def _chosen(usable: list[int], gpus: Sequence[Gpu], variable: str, value: str | None) -> list[int]:
+    """Those of `usable` a variable names, in its order; none where it numbers devices in a way the
+    drivers do not know (Vulkan)."""
+    chosen: list[int] = []
+    if value is None or variable == _VULKAN_CHOICE:
+        return chosen
+    for word in (part.strip() for part in value.split(",")):
+        named = [
             at
-            for at in places
+            for at in usable
             if word == str(gpus[at].index) or (word and (gpus[at].view.uuid or "").startswith(word))
         ]
-        if not chosen:
+        if not named:
             break  # CUDA too stops at the first one it does not know
-        named += [at for at in chosen[:1] if at not in named]
-    return named + [at for at in places if at not in named]
+        chosen += [at for at in named[:1] if at not in chosen]
+    return chosen
 
 
 def _with(gpu: Gpu, device: EngineDevice) -> Gpu:
@@ -150,7 +157,7 @@ def _unknown_to_driver(device: EngineDevice, driver: Driver) -> str:
 
 
 def _why_not_listed(
-    gpu: Gpu,
+    at: int,
     gpus: Sequence[Gpu],
     reading: Reading,
     listing: EngineList,
@@ -165,6 +172,7 @@ def _why_not_listed(
     5. what the engine complains of;
     6. nothing is known.
     """
+    gpu = gpus[at]
     backend = gpu.view.backend
     if backend not in _REACHES.get(listing.built_for, ()) and not any(  # 1
         _family(device) == backend for device in listing.devices
@@ -173,9 +181,10 @@ def _why_not_listed(
             f"it was built for {listing.built_for}; `meshd runtime build --backend {backend}` "
             "builds one for this device"
         )
-    variable, visible = _hidden_by(listing.built_for, environ)
-    if visible is not None and _is_hidden(gpu, visible):  # 2
-        return f"{variable}={visible} hides it"
+    variable, value = _hidden_by(listing.built_for, environ)
+    chosen = _chosen(_usable(reading.gpus, backend), reading.gpus, variable, value)
+    if value is not None and at not in chosen:  # 2
+        return f"{variable}={value} hides it"
     if gpu.parent is not None and any(g.parent and g.view.engine_name for g in gpus):  # 3
         return (
             "CUDA uses one MIG instance a process; CUDA_VISIBLE_DEVICES="
@@ -187,13 +196,6 @@ def _why_not_listed(
     if listing.complaints:  # 5
         return listing.complaints[0]
     return "it gives no reason; `meshd doctor` looks at libraries and architecture"  # 6
-
-
-def _is_hidden(gpu: Gpu, visible: str) -> bool:
-    words = [word.strip() for word in visible.split(",")]
-    uuid = gpu.view.uuid or ""
-    by_uuid = any(word and uuid.startswith(word) for word in words)
-    return not by_uuid and str(gpu.index) not in words
 
 
 def _hidden_by(backend: str, environ: Mapping[str, str]) -> tuple[str, str | None]:

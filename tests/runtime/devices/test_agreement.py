@@ -84,7 +84,7 @@ def test_a_variable_turns_the_order() -> None:
     assert words(seen) == [("CUDA1", None), ("CUDA0", None)]
 
 
-@pytest.mark.parametrize("value", ["", "-1", "NoDevFiles"])
+@pytest.mark.parametrize("value", ["", "-1", "NoDevFiles", "7,1"])
 def test_a_variable_hides_all(value: str) -> None:
     seen = agree(two_h200(), parse_list(listings.CPU, "cuda"), {"CUDA_VISIBLE_DEVICES": value})
     assert all(p and f"CUDA_VISIBLE_DEVICES={value} hides it" in p for _, p in words(seen))
@@ -265,6 +265,17 @@ def test_vulkan_reaches_several_vendors() -> None:
         "vulkan",
         "Intel(R) Arc(tm) A770 Graphics (DG2)",
     )
+
+
+def test_vulkan_has_numbers_of_its_own() -> None:
+    environ = {"GGML_VK_VISIBLE_DEVICES": "1"}
+    listing = parse_list(
+        "Available devices:\n  Vulkan0: NVIDIA H200 (143771 MiB, 142627 MiB free)\n", "vulkan"
+    )
+    first, second = words(agree(two_h200(), listing, environ))
+    assert first == ("Vulkan0", None)
+    assert second[1] is not None
+    assert "GGML_VK_VISIBLE_DEVICES=1 hides it" in second[1]
 
 
 def test_a_gpu_two_backends_list_is_one_gpu() -> None:
