@@ -26,15 +26,25 @@ def show(file: Path | None, data_dir: Path | None, as_json: bool) -> int:
     """Print the effective configuration, and where each value that is no default comes from."""
     flags = {"data_dir": str(data_dir) if data_dir else None}
     loaded = configuration.load(flags, file=file)
-    values = {key: _value(loaded.config, key) for key in configuration.known_keys()}
     if as_json:
-        print_json({k: {"value": v, "source": loaded.sources.get(k, "default")}
-                    for k, v in values.items()})  # fmt: skip
+        print_json({key: {"value": _value(loaded.config, key),
+                          "source": loaded.sources.get(key, "default")}
+                    for key in configuration.known_keys()})  # fmt: skip
         return 0
-    for key, value in values.items():
-        source = loaded.sources.get(key)
-        click.echo(f"{key} = {value!r}" + (f"    # {source}" if source else ""))
+    for line in describe(loaded):
+        click.echo(line)
     return 0
+
+
+def describe(loaded: configuration.Loaded) -> list[str]:
+    """`key = value    # source` for every key, secrets masked."""
+    lines = []
+    for key in configuration.known_keys():
+        source = loaded.sources.get(key)
+        lines.append(
+            f"{key} = {_value(loaded.config, key)!r}" + (f"    # {source}" if source else "")
+        )
+    return lines
 
 
 def _value(loaded: configuration.Config, key: str) -> Any:

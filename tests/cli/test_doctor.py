@@ -11,16 +11,22 @@ from typing import Any
 
 import pytest
 
-from meshd.cli import checkup
-from meshd.cli.checkup import examine
+from meshd import __version__
+from meshd.cli import checks
+from meshd.cli.checks import Surroundings, examine
 from meshd.cli.client import AdminClient
 from meshd.cli.main import main
 from meshd.config import Config, load
 from meshd.errors import MeshdError
 from meshd.kernel.findings import Finding, Verdict
+from tests.cli.patients import machine
 from tests.runtime.fake_engine import make_engine
 
-STEPS = ["data", "engine", "daemon", "api port", "peer port", "mesh"]
+STEPS = [
+    *("toolchain", "engine", "backend", "architecture", "cache flags", "binaries", "installed"),
+    *("gpu", "gpu access", "limits", "clock", "disk"),
+    *("data", "cache", "daemon", "version", "api port", "peer port", "models", "mesh", "peers"),
+]
 
 
 @pytest.fixture
@@ -50,9 +56,22 @@ def taken() -> Iterator[str]:
         yield f"127.0.0.1:{server.getsockname()[1]}"
 
 
-def looked(config: Config) -> dict[str, Finding]:
+@pytest.fixture
+def around(tmp_path: Path) -> Surroundings:
+    return machine(tmp_path)
+
+
+Looked = Callable[[Config], dict[str, Finding]]
+
+
+@pytest.fixture
+def looked(around: Surroundings) -> Looked:
+    return lambda config: look(config, around)
+
+
+def look(config: Config, around: Surroundings) -> dict[str, Finding]:
     told: list[Finding] = []
-    findings = examine(config, told.append)
+    findings = examine(config, told.append, surroundings=around)
     assert told == findings
     assert [f.step for f in findings] == STEPS
     assert all((f.remedy is not None) == (f.state is Verdict.FAILED) for f in findings)
@@ -64,24 +83,31 @@ def running(monkeypatch: pytest.MonkeyPatch, status: dict[str, Any]) -> None:
 
 
 def status(**changes: Any) -> dict[str, Any]:
-    node = {"name": "study", "state": "ready", "version": "1"}
+    node = {"name": "study", "state": "ready", "version": __version__}
     return {
+        "runtime": None,
+        "models": [],
+        "peers": [],
         "node": node | {"listen": "127.0.0.1:1", "peer_listen": None} | changes,
         "mesh": {"id": "0" * 32, "name": "home", "members": 3, "alive": 2, "state": "member"},
     }
 
 
-def test_a_machine_before_its_first_start(configure: Callable[..., Config]) -> None:
+def test_a_machine_before_its_first_start(configure: Callable[..., Config], looked: Looked) -> None:
     found = looked(configure())
     assert not configure().data_dir.exists()
-    assert [f.state for f in found.values()] == [
-        *(Verdict.SKIPPED, Verdict.PASSED, Verdict.SKIPPED),
-        *(Verdict.PASSED, Verdict.PASSED, Verdict.SKIPPED),
+    assert [step for step, f in found.items() if f.state is Verdict.PASSED] == [
+        *("engine", "backend", "binaries", "installed", "limits", "clock", "disk", "version"),
+        *("api port", "peer port"),
     ]
+    assert not [step for step, f in found.items() if f.state is Verdict.FAILED]
 
 
 def test_the_data_directory(
-    configure: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    configure: Callable[..., Config],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    looked: Looked,
 ) -> None:
     directory = tmp_path / "data"
     directory.mkdir(mode=0o755)
@@ -94,7 +120,7 @@ def test_the_data_directory(
     assert "cannot be written" in looked(configure())["data"].evidence
 
 
-def test_the_engine(configure: Callable[..., Config], tmp_path: Path) -> None:
+def test_the_engine(configure: Callable[..., Config], tmp_path: Path, looked: Looked) -> None:
     (tmp_path / "empty").mkdir()
     finding = looked(configure(runtime_dir=str(tmp_path / "empty")))["engine"]
     assert finding.state is Verdict.FAILED
@@ -102,7 +128,9 @@ def test_the_engine(configure: Callable[..., Config], tmp_path: Path) -> None:
     assert looked(configure(client=True))["engine"].state is Verdict.SKIPPED
 
 
-def test_ports_that_others_hold(configure: Callable[..., Config], taken: str) -> None:
+def test_ports_that_others_hold(
+    configure: Callable[..., Config], taken: str, looked: Looked
+) -> None:
     found = looked(configure(listen=taken, peer_listen=taken))
     for step, flag in (("api port", "--listen"), ("peer port", "--peer-listen")):
         assert found[step].state is Verdict.FAILED
@@ -111,23 +139,22 @@ def test_ports_that_others_hold(configure: Callable[..., Config], taken: str) ->
 
 
 def test_a_daemon_whose_ports_do_not_answer(
-    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, looked: Looked
 ) -> None:
     running(monkeypatch, status(peer_listen="0.0.0.0:1"))
     found = looked(configure())
-    assert found["daemon"].evidence == "study ready, meshd 1"
+    assert found["daemon"].evidence == f"study ready, meshd {__version__}"
     assert found["api port"].state is Verdict.FAILED
     assert found["peer port"].state is Verdict.FAILED
     assert found["mesh"].evidence == "home, 2 of 3 nodes alive"
 
 
 def test_a_daemon_whose_ports_answer(
-    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, taken: str
+    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, taken: str, looked: Looked
 ) -> None:
     port = taken.rpartition(":")[2]
     running(monkeypatch, status(peer_listen=f"0.0.0.0:{port}", listen=taken))
-    monkeypatch.setattr(checkup, "ANSWER_S", 0.1)  # the API there never answers
-    found = looked(configure())
+    found = looked(configure())  # the API there never answers
     assert found["peer port"].state is Verdict.PASSED
     assert "does not answer" in found["api port"].evidence
 
@@ -143,6 +170,7 @@ def test_a_daemon_whose_ports_answer(
 def test_where_it_stands_with_its_mesh(
     configure: Callable[..., Config],
     monkeypatch: pytest.MonkeyPatch,
+    looked: Looked,
     mesh: dict[str, Any],
     state: Verdict,
 ) -> None:
@@ -155,7 +183,7 @@ def test_where_it_stands_with_its_mesh(
 
 
 def test_a_daemon_that_is_broken(
-    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, looked: Looked
 ) -> None:
     def broken(_self: AdminClient, _path: str) -> Any:
         raise MeshdError("the daemon broke off")
@@ -171,7 +199,9 @@ def test_marks_and_exit_codes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     engine: Path,
+    around: Surroundings,
 ) -> None:
+    monkeypatch.setattr(checks.checkup, "Surroundings", lambda: around)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("MESHD_RUNTIME_DIR", str(engine))
     monkeypatch.setenv("MESHD_LISTEN", "127.0.0.1:0")
@@ -184,7 +214,9 @@ def test_marks_and_exit_codes(
 
     code, out = call()
     assert code == 0
-    assert [line[0] for line in out.splitlines()] == ["–", "✓", "–", "✓", "✓", "–"]
+    marks = {line[2:14].strip(): line[0] for line in out.splitlines()}
+    assert list(marks) == STEPS
+    assert set(marks.values()) == {"✓", "–"}
     monkeypatch.setenv("MESHD_LISTEN", taken)
     code, out = call()
     assert code == 1
