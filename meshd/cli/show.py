@@ -47,6 +47,8 @@ def status(data_dir: Path | None, as_json: bool) -> int:
             f"engine   {runtime['id']}: {runtime['build']} ({runtime['backend']}), "
             f"proof {proof['level']} {verdict}"
         )
+        if proof["problem"]:
+            out.print(f"         built for {runtime['built_for']}: {escape(proof['problem'])}")
     for device in answer["devices"]:
         out.print(
             f"device   {escape(device['name'])} ({device['backend']}), "

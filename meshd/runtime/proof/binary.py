@@ -149,8 +149,9 @@ def linked_backends(server: Path) -> tuple[str, ...] | None:
 def _files(record: RuntimeRecord) -> tuple[FileSeen, ...]:
     known = {binary.name: binary for binary in record.binaries}
     found = {path.name: path for path in engine_files(Path(record.directory))}
+    linked = {f.name: f.sha256 for f in record.build.built_files} if record.build else {}
     seen = [
-        FileSeen(str(Path(b.path).resolve()), b.sha256, _sha256(Path(b.path)))
+        FileSeen(str(Path(b.path).resolve()), b.sha256, _sha256(Path(b.path)), linked.get(b.name))
         for b in record.binaries
     ]
     strangers = [path for name, path in found.items() if name not in known]

@@ -20,6 +20,8 @@ class FileSeen:
     """From the record made when it was built or adopted; None if that does not know the file."""
     found_sha256: str | None
     """Of the bytes that lie there now; None if there are none."""
+    built_sha256: str | None = None
+    """As the compiler left it, before it was installed; None if the record does not tell."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,7 +82,11 @@ def _binary(seen: BinaryEvidence, built_for: str) -> tuple[list[str], list[str |
         f"{f.path.rpartition('/')[2]} sha256 {f.found_sha256 or 'none: it is gone'}"
         for f in seen.files[:1]
     ]
-    lines.append(f"{len(seen.files)} files compared with the record")
+    built = sum(file.built_sha256 is not None for file in seen.files)
+    lines.append(
+        f"{len(seen.files)} files compared with the record"
+        + (f", {built} with what the build linked" if built else "")
+    )
     if seen.version_said is not None:
         lines.append(f"--version: {seen.version_said}")
     if seen.linked is not None:
@@ -124,6 +128,8 @@ def _files(seen: BinaryEvidence) -> str | None:
         if file.found_sha256 != file.recorded_sha256:
             what = "adopted" if seen.adopted else "built"
             return f"{file.path} is not the file that was {what}: its sha256 differs"
+        if file.built_sha256 not in (None, file.found_sha256):
+            return f"{file.path} was installed, but the build linked another file of that name"
     return None
 
 

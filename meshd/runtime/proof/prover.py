@@ -29,7 +29,7 @@ from meshd.runtime.proof.looks import Looks, still_there
 from meshd.runtime.proof.occasion import Glance, glance_at, occasion
 from meshd.runtime.proof.running import FIRST_LIMIT_S, LIMIT_S, Trial
 from meshd.runtime.record import RuntimeRecord
-from meshd.view import Layer, ModelState, RuntimeView, View
+from meshd.view import Layer, ModelState, ProofView, RuntimeView, View
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ class Prover(Service):
 
         What fails is published before the next step; what held stays up during the run.
         """
-        log.log(logging.INFO if self._evidence is None else logging.WARNING, "proving: %s", why)
+        log.info("proving engine %s: %s", record.id, why)
         held = self._proved is not None and self._proved.id == record.id
         binary = await self._pool.run(self._looks.binary, record)  # 1
         server = Path(record.server_path)
@@ -236,14 +236,19 @@ class Prover(Service):
         before, verdict = self._board.current.runtime, judge(evidence)
         self._proved, self._evidence = record, evidence
         self._proved_at = self._clock.now()
+        if before is None or _said(before.proof) != _said(verdict.proof):
+            self._tell(record, before, verdict)
+        self._board.publish(replace(self._board.current, runtime=self._shown(record)))
+        return verdict
+
+    def _tell(self, record: RuntimeRecord, before: RuntimeView | None, verdict: Verdict) -> None:
+        """One line for each change; a proof that fails every minute the same way is none."""
         if before is not None and before.backend != CPU and verdict.backend == CPU:
             log.error("models no longer run on %s: %s", before.backend, verdict.proof.problem)
         elif verdict.proof.passed:
             log.info("proved (%s): models run on %s", verdict.proof.level, verdict.backend)
         else:
-            log.warning("engine %s runs on the CPU: %s", record.id, verdict.proof.problem)
-        self._board.publish(replace(self._board.current, runtime=self._shown(record)))
-        return verdict
+            log.warning("engine %s counts as CPU: %s", record.id, verdict.proof.problem)
 
     def _shown(self, record: RuntimeRecord) -> RuntimeView:
         view = record.to_view()
@@ -269,3 +274,7 @@ class Prover(Service):
         evidence, record = self._evidence, self._proved
         if evidence is not None and record is not None and evidence.built_for == CPU:
             self._publish(record, replace(evidence, runtime=self._answer()))
+
+
+def _said(proof: ProofView) -> tuple[str, bool, str | None]:
+    return proof.level, proof.passed, proof.problem

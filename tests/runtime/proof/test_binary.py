@@ -13,7 +13,7 @@ from meshd.runtime.proof.binary import executed, linked_backends, read_binary
 from meshd.runtime.proof.elf import needed
 from meshd.runtime.proof.evidence import Evidence
 from meshd.runtime.proof.judge import Verdict, judge
-from meshd.runtime.record import BuildFacts, RuntimeRecord
+from meshd.runtime.record import BuildFacts, BuiltFile, RuntimeRecord
 from tests.runtime.fake_engine import make_engine, program
 from tests.runtime.proof import pieces
 from tests.runtime.proof.native import place_engine
@@ -109,6 +109,22 @@ def test_a_program_that_cannot_run(tmp_path: Path) -> None:
     broken.chmod(0o755)
     assert executed(broken) is None
     assert linked_backends(broken) is None
+
+
+def test_what_was_installed_is_what_was_built(engine: Path) -> None:
+    record = built(engine)
+    server = record.binaries[0]
+    linked = BuiltFile(name=server.name, sha256=server.sha256, size=server.size, mtime_ns=1)
+
+    def with_file(file: BuiltFile) -> RuntimeRecord:
+        facts = FACTS.model_copy(update={"built_files": (file,)})
+        return record.model_copy(update={"build": facts})
+
+    proof = verdict(with_file(linked)).proof
+    assert proof.level == "binary"
+    assert "1 with what the build linked" in " ".join(proof.evidence)
+    other = linked.model_copy(update={"sha256": "0" * 64})
+    assert "the build linked another file" in str(verdict(with_file(other)).proof.problem)
 
 
 def test_the_choices_of_an_adopted_tree(tmp_path: Path, cuda_program: Path) -> None:

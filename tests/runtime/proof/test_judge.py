@@ -63,6 +63,7 @@ def test_an_engine_for_the_cpu_on_a_machine_with_a_gpu_says_so() -> None:
         ({"files": ()}, "no file"),
         ({"files": (FileSeen(SERVER, "aa", "old"),)}, "not the file that was built"),
         ({"files": (FileSeen(SERVER, "aa", None),)}, "is gone"),
+        ({"files": (FileSeen(SERVER, "aa", "aa", "bb"),)}, "the build linked another"),
         (
             {"files": (FileSeen(SERVER, "aa", "aa"), FileSeen("/opt/engine/libx.so", None, "c"))},
             "libx.so does not belong",
