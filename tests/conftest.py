@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import inspect
 import os
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -15,6 +18,18 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from meshd.errors import MeshdError
+
+# No test asks anybody outside this machine for weights, or looks into the developer's own: tests of
+# the hub name one of their own. Set before huggingface_hub is imported, which reads it then.
+os.environ |= {
+    "HF_ENDPOINT": "http://127.0.0.1:9",
+    "HF_HOME": tempfile.mkdtemp(prefix="meshd-tests-hf-"),
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_XET": "1",
+}
+for _name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE"):
+    os.environ.pop(_name, None)
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 settings.register_profile("quick", deadline=None, max_examples=25)  # `make check`
 settings.register_profile("default", deadline=None, max_examples=100)

@@ -7,7 +7,7 @@ One entry a model, in one of the states of `ModelState`:
                              │  ▲                           │          │
               WeightsRejected│  │Tick, LoadAsked            │          │UnloadAsked
                              ▼  │                           ▼          ▼
-                  FAILED, WAITING <──engine gave up───── (engine)   DRAINING ──> ABSENT
+                            FAILED <───engine gave up─── (engine)   DRAINING ──> ABSENT
 
 Rules, numbered as in the code:
 
@@ -19,9 +19,9 @@ Rules, numbered as in the code:
    for again every `ENGINE_RECHECK_S`.
 4. Weights that were refused are tried again when whoever refused them said so, or not before
    somebody loads the model again: a file that was put back should need no command, and a hub that
-   said no should not be asked for ever. The model stays FAILED meanwhile: nothing is known to be
-   better yet. For a trouble that passes by itself (the hub cannot be reached) it is WAITING, and
-   waits longer each time.
+   said no should not be asked for ever. A trouble that passes by itself (the hub cannot be reached)
+   is waited for longer each time. The model is FAILED meanwhile: nothing is known to be better yet,
+   and whoever waits for it should know.
 5. An unload stops the engine after its requests; a load that comes meanwhile wins.
 6. Every load asked for is answered exactly once, accepted or refused, at once.
 7. Weights that nobody waits for any more are abandoned: a fetch ends with the wish for it.
@@ -295,7 +295,7 @@ class Hosting:
         retry = replace(entry, wanted=True, options=event.options)
         if entry.state is ModelState.FAILED and entry.engine:  # 2
             return [accept, self._end(retry, "trying again", drain_s=0.0)]
-        if entry.preparation is None and (entry.state is ModelState.FAILED or _is_set_back(entry)):
+        if entry.preparation is None and entry.state is ModelState.FAILED:
             return [accept, self._verify(retry)]
         self._entries[entry.model] = retry
         return [accept]
@@ -345,14 +345,14 @@ class Hosting:
         entry = self._entries.get(event.model)
         if entry is None or entry.preparation != event.preparation:
             return []
-        wait_s, state, setbacks = event.retry_after_s, ModelState.FAILED, 0
+        wait_s, setbacks = event.retry_after_s, 0
         if event.passing:
-            state, setbacks = _WAITING, entry.setbacks + 1
+            setbacks = entry.setbacks + 1
             last = len(WEIGHTS_BACKOFF_S) - 1
             wait_s = max(wait_s or 0.0, WEIGHTS_BACKOFF_S[min(entry.setbacks, last)])
         refused = replace(entry, preparation=None, now=None, setbacks=setbacks)
         retry_at = None if wait_s is None else now + wait_s
-        self._put(refused, state, event.reason, retry_at=retry_at)  # 4
+        self._put(refused, ModelState.FAILED, event.reason, retry_at=retry_at)  # 4
         return []
 
     # -- engines ----------------------------------------------------------------------------------
@@ -373,7 +373,7 @@ class Hosting:
         self._engine_known, self._engine_reason = False, reason
         self._engine_recheck_at = now + ENGINE_RECHECK_S  # 3
         for entry in tuple(self._entries.values()):
-            if entry.state is _WAITING and entry.facts is not None:
+            if entry.state is _WAITING and entry.preparation is None:
                 self._put(entry, _WAITING, reason)
         return []
 
@@ -416,11 +416,6 @@ class Hosting:
         retry_at: float | None = None,
     ) -> None:
         self._entries[entry.model] = replace(entry, state=state, reason=reason, retry_at=retry_at)
-
-
-def _is_set_back(entry: Entry) -> bool:
-    """Whether it waits for a trouble with its weights to pass."""
-    return entry.state is ModelState.WAITING and entry.facts is None
 
 
 _VERIFYING = ModelState.VERIFYING

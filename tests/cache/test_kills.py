@@ -27,6 +27,8 @@ SHARD_BYTES = 12_000_000
 WORKERS = 2
 MOMENTS = 5
 """Of each kind of work."""
+LAST_SHARE = 0.85
+"""Of the work; behind that it could be done before it is killed, which the last moment allows."""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def cache(tmp_path: Path, hub: LocalHub) -> PrivateCache:
 @pytest.mark.parametrize("moment", range(MOMENTS))
 def test_a_killed_pull(hub: LocalHub, cache: PrivateCache, shards: list[Path], moment: int) -> None:
     total = sum(path.stat().st_size for path in shards)
-    hub.faults.add("*", Slow(bytes_per_s=40e6), times=None)
+    hub.faults.add("*", Slow(bytes_per_s=12e6), times=None)
     child = cache.start(REPO, workers=WORKERS)
     _kill_at(hub, child, moment, total)
     hub.wait_idle()
@@ -75,7 +77,7 @@ def test_a_killed_repair(
         _flip(_blob(cache, shard), SHARD_BYTES // 2)
     hub.wait_idle()
     hub.forget_requests()
-    hub.faults.add("*", Slow(bytes_per_s=20e6), times=None)
+    hub.faults.add("*", Slow(bytes_per_s=2e6), times=None)
     child = cache.start(REPO, damaged=tuple(_sha256(shard) for shard in hurt), workers=WORKERS)
     _kill_at(hub, child, moment, len(hurt) * CHUNK_BYTES)
     _consistent(cache, damaged=hurt)
@@ -96,9 +98,11 @@ def _kill_at(hub: LocalHub, child: subprocess.Popen[bytes], moment: int, total: 
     """At some byte of that fifth of the work; in the last one also after the last byte."""
     chance = random.Random(f"{total} {moment}")
     share = (moment + chance.random()) / (MOMENTS - 1)
+    if moment < MOMENTS - 1:
+        share = min(share, LAST_SHARE)
     hub.wait_sent("*", min(total, round(share * total)))
     try:
-        child.wait(timeout=chance.random() * 0.1)
+        child.wait(timeout=chance.random() * 0.05)
     except subprocess.TimeoutExpired:
         kill(child)
     else:

@@ -90,7 +90,7 @@ class TestDaemon:
         at = ("--data-dir", str(daemon.data_dir))
         hub = meshd("load", "owner/repo:Q4_K_M", *at)
         assert hub.returncode == 1
-        assert "Hugging Face" in hub.stderr
+        assert "127.0.0.1:9 cannot be reached" in hub.stderr
         gone = meshd("load", str(short_dir / "gone.gguf"), *at)
         assert gone.returncode == 1
         assert f"{short_dir / 'gone.gguf'}: is missing" in gone.stderr
