@@ -1,4 +1,7 @@
-"""A look at devices and disk now and then, for `meshd status`; nothing is decided from it."""
+"""A look at devices and disk now and then, for `meshd status`; nothing is decided from it.
+
+A device that goes or comes back is a line in the log, with its driver's reason.
+"""
 
 from __future__ import annotations
 
@@ -27,18 +30,22 @@ class Survey(Service):
 
     async def main(self) -> None:
         from meshd.cache.usage import read_usage
-        from meshd.runtime.devices import read_devices
+        from meshd.runtime.devices import changes, take_reading, told
 
+        last = None
         self.ready.set()
         while not self.stopping.is_set():
             try:
-                devices = await self._pool.run(read_devices)
+                reading = await self._pool.run(take_reading)
                 cache = await self._pool.run(read_usage, budget=self._config.cache.budget)
             except MeshdError as error:
                 log.warning("%s", error.message)
             else:
                 view = self._board.current
-                self._board.publish(replace(view, devices=devices, cache=cache))
+                self._board.publish(replace(view, devices=reading.devices, cache=cache))
+                for change in changes(last or reading, reading):
+                    log.warning("%s", told(change))
+                last = reading
             await _wait_at_most(self.stopping, SURVEY_INTERVAL_S)
 
 

@@ -6,7 +6,14 @@ not guessed, and what is told twice is compared, never averaged.
 """
 
 from meshd.runtime.devices.agreement import agree
-from meshd.runtime.devices.changes import Change, DeviceBack, DeviceLost, DriverChanged, changes
+from meshd.runtime.devices.changes import (
+    Change,
+    DeviceBack,
+    DeviceLost,
+    DriverChanged,
+    changes,
+    told,
+)
 from meshd.runtime.devices.cpu import read_memory
 from meshd.runtime.devices.engine_list import EngineDevice, EngineList, parse_list
 from meshd.runtime.devices.machine import read_devices, take_reading
@@ -29,4 +36,5 @@ __all__ = [
     "read_devices",
     "read_memory",
     "take_reading",
+    "told",
 ]

@@ -54,6 +54,21 @@ def changes(old: Reading, new: Reading) -> tuple[Change, ...]:
     return (*drivers, *lost, *back)
 
 
+def told(change: Change) -> str:
+    """The change as a line for people."""
+    match change:
+        case DeviceLost(device, reason):
+            return f"{_called(device)} cannot be used any more: {reason}"
+        case DeviceBack(device):
+            return f"{_called(device)} can be used now"
+        case DriverChanged(vendor, before, now):
+            return f"{vendor} driver: now {now or 'none'}, before {before or 'none'}"
+
+
+def _called(device: DeviceView) -> str:
+    return f"{device.name} ({device.uuid})" if device.uuid else device.name
+
+
 def _usable(reading: Reading) -> dict[tuple[str, ...], DeviceView]:
     found: dict[tuple[str, ...], DeviceView] = {}
     seen: dict[tuple[str, str], int] = {}

@@ -13,6 +13,7 @@ from meshd.runtime.devices import (
     GpuProcess,
     Reading,
     changes,
+    told,
 )
 from meshd.view import DeviceView
 
@@ -93,3 +94,12 @@ def test_devices_without_uuid_are_counted() -> None:
     assert changes(twins, twins) == ()
     (lost,) = changes(twins, reading(gpu(None)))
     assert isinstance(lost, DeviceLost)
+
+
+def test_what_the_log_says() -> None:
+    lost = DeviceLost(gpu("GPU-b").view, "it fell off the bus")
+    assert told(lost) == "NVIDIA H200 (GPU-b) cannot be used any more: it fell off the bus"
+    assert told(DeviceBack(gpu(None).view)) == "NVIDIA H200 can be used now"
+    assert told(DriverChanged("NVIDIA", "580.95.05", None)) == (
+        "NVIDIA driver: now none, before 580.95.05"
+    )
