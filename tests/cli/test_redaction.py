@@ -135,3 +135,13 @@ def test_names_of_secrets() -> None:
     }  # fmt: skip
     assert sorted(secrets_in(environment)) == list("123456")
     assert is_secret_name("llama_arg_api_key")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "piece", ["4e2d6fc0465b0f1e2d3c4b5a69788796\n", "a.", "a", "--a-", '{"', "x=", "/"]
+)
+def test_the_time_it_takes_grows_with_the_text_alone(piece: str) -> None:
+    """Logs are long, and patterns that look back and forth took minutes for a list of hashes."""
+    text = piece * (300_000 // len(piece))
+    assert len(Redactor.of(("a known secret",), home="/root").redact(text)) >= len(text) // 2
