@@ -17,6 +17,7 @@ from meshd.config import Config, load
 from meshd.kernel.findings import Finding, Verdict
 from meshd.runtime.proof.evidence import FileSeen
 from meshd.runtime.record import RuntimeRecord
+from meshd.view import DeviceView
 from tests.cli.patients import CPU, CUDA_CACHE, H200, LISTED, built_engine, machine
 from tests.runtime.fake_engine import VERSION, make_engine
 
@@ -111,6 +112,20 @@ def test_a_cpu_engine_on_a_machine_with_a_gpu(
     assert failed(found) == ["backend"]
     assert "built for the CPU, and this machine has NVIDIA H200" in found["backend"].evidence
     assert "--backend cuda" in str(found["backend"].remedy)
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        replace(H200, problem="it is bound to nouveau"),
+        replace(H200, name="AMD Radeon Graphics", backend="rocm", unified=True),
+    ],
+)
+def test_a_cpu_engine_beside_a_gpu_that_is_none(
+    configure: Callable[..., Config], tmp_path: Path, cache: Path, device: DeviceView
+) -> None:
+    built_engine(cache, "cpu")
+    assert failed(looked(configure(), gpu_machine(tmp_path, devices=(device, CPU)))) == []
 
 
 def test_a_gpu_engine_without_the_library(

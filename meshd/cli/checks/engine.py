@@ -69,14 +69,19 @@ def engine(subject: Subject) -> str:
 
 
 def backend(subject: Subject) -> str:
-    """What it was built for, and the libraries it loads, against what there is."""
+    """What it was built for, and the libraries it loads, against what there is.
+
+    A CPU engine is no fault beside a GPU that is part of the processor, unless it is NVIDIA's:
+    many of the others are no faster.
+    """
     from meshd.runtime.proof.backends import linked_as
 
     record, built_for = subject.record(), subject.built_for
-    if built_for == "cpu" and subject.gpus:
+    unused = [gpu for gpu in subject.usable_gpus if gpu.backend == "cuda" or not gpu.unified]
+    if built_for == "cpu" and unused:
         raise Fault(
-            f"{record.id} is built for the CPU, and this machine has {subject.gpus[0].name}",
-            f"`meshd runtime build --backend {best_backend(subject)}`, then `meshd runtime use ID`",
+            f"{record.id} is built for the CPU, and this machine has {unused[0].name}",
+            f"`meshd runtime build --backend {unused[0].backend}`, then `meshd runtime use ID`",
         )
     linked = subject.binary.linked
     if built_for != "cpu" and linked is not None and linked_as(built_for) not in linked:
@@ -147,7 +152,7 @@ def binaries(subject: Subject) -> str:
 
 def best_backend(subject: Subject) -> str:
     """What an engine of this machine should be for."""
-    return subject.gpus[0].backend if subject.gpus else "cpu"
+    return next((gpu.backend for gpu in subject.usable_gpus), "cpu")
 
 
 def build_again(subject: Subject) -> str:

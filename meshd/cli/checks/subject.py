@@ -166,6 +166,11 @@ class Subject:
     def gpus(self) -> tuple[DeviceView, ...]:
         return tuple(device for device in self.devices if device.backend != "cpu")
 
+    @property
+    def usable_gpus(self) -> tuple[DeviceView, ...]:
+        """Those their drivers have nothing against."""
+        return tuple(device for device in self.gpus if device.problem is None)
+
     @cached_property
     def daemon_pid(self) -> int | None:
         """Of the daemon that answers."""
