@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from meshd import config
-from meshd.cli.options import json_option, print_json
+from meshd.cli.options import json_option, print_json, size
 from meshd.errors import EngineMissing, EngineRejected
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ def runtime() -> None:
 @json_option
 def list_runtimes(as_json: bool) -> int:
     """List the engines of this machine; `*` marks the one the next start runs."""
+    from meshd.runtime.build import unfinished
+
     registry = _registry()
     records = list(registry.list())
     running = _running(registry)
@@ -54,8 +56,20 @@ def list_runtimes(as_json: bool) -> int:
         mark = "*" if record.id == current else " "
         state = "" if record.unchanged() else "  CHANGED since it was built; `meshd runtime verify`"
         origin = "" if record.build is not None else "  (found on PATH)"
-        click.echo(f"{mark} {record.id}  {record.version}  {record.directory}{origin}{state}")
+        code = f"  {_architectures_of(record)}" if _architectures_of(record) else ""
+        click.echo(f"{mark} {record.id}  {record.version}{code}  {record.directory}{origin}{state}")
+    for name, work, size_bytes in unfinished(_cache_dir()):
+        click.echo(
+            f"- {name}  not finished, {size(size_bytes)}; the same build command goes on, "
+            f"`rm -r {work}` gives it up"
+        )
     return 0
+
+
+def _architectures_of(record: RuntimeRecord) -> str:
+    """`sm_90 sm_121` for an engine built for CUDA; empty for others."""
+    listed = record.build.cmake_cache.get("CMAKE_CUDA_ARCHITECTURES") if record.build else None
+    return " ".join(f"sm_{word}" for word in listed.split(";")) if listed else ""
 
 
 @runtime.command()

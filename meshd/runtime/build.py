@@ -35,6 +35,8 @@ BYTES_PER_JOB = 1_610_612_736
 SPACE_BYTES = {"cpu": 500_000_000, "cuda": 4_000_000_000}
 """Free disk a build wants, by backend; others are reckoned like CUDA."""
 
+_UNFINISHED = ".build"
+
 Progress = Callable[[str, float], None]
 """Called with words for the current step and the fraction done, 0..1."""
 
@@ -81,7 +83,7 @@ def _build(
     tools: Toolchain,
     progress: Progress,
 ) -> RuntimeRecord:
-    work = registry.directory / f".{runtime_id}.build"
+    work = registry.directory / f".{runtime_id}{_UNFINISHED}"
     if _was_moved(work):
         shutil.rmtree(work)
     work.mkdir(exist_ok=True)
@@ -201,13 +203,24 @@ def _lock(path: Path, progress: Progress) -> Iterator[None]:
         yield
 
 
+def unfinished(cache_dir: Path) -> tuple[tuple[str, Path, int], ...]:
+    """(id, directory, bytes) of each build that was begun and neither published nor given up; one
+    that is running is among them."""
+    found = sorted(Registry(cache_dir).directory.glob(f".*{_UNFINISHED}"))
+    return tuple((w.name[1:].removesuffix(_UNFINISHED), w, _bytes_of(w)) for w in found)
+
+
+def _bytes_of(directory: Path) -> int:
+    total = 0
+    for path in directory.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # that build may be running
+            total += path.lstat().st_size
+    return total
+
+
 def _check_space(directory: Path, backend: str) -> None:
     """What an interrupted build already wrote need not be free again."""
-    written = 0
-    for work in directory.glob(f".{backend}-*.build"):
-        for path in work.rglob("*"):
-            with contextlib.suppress(FileNotFoundError):  # that build may be running
-                written += path.lstat().st_size
+    written = sum(_bytes_of(work) for work in directory.glob(f".{backend}-*{_UNFINISHED}"))
     wanted = SPACE_BYTES.get(backend, SPACE_BYTES["cuda"]) - written
     free = shutil.disk_usage(directory).free
     if free < wanted:

@@ -83,6 +83,21 @@ def test_ls_marks_the_one_that_runs(cli: Cli, built: str) -> None:
     assert (record["id"], record["current"], record["rpc_protocol"]) == (built, True, "7.1.2")
 
 
+def test_ls_tells_architectures_and_what_is_not_finished(cli: Cli, built: str, cache: Path) -> None:
+    runtimes = cache / "meshd" / "runtimes"
+    path = runtimes / built / "record.json"
+    record = json.loads(path.read_text())
+    record["build"]["cmake_cache"]["CMAKE_CUDA_ARCHITECTURES"] = "90;121"
+    path.write_text(json.dumps(record))
+    work = runtimes / ".cuda-0c1e570-0a1b2c3d.build"
+    work.mkdir()
+    (work / "an.o").write_bytes(b"x" * 2_000_000)
+    engine, begun = cli("runtime", "ls").stdout.splitlines()
+    assert "commit toy)  sm_90 sm_121  /" in engine
+    assert begun.startswith("- cuda-0c1e570-0a1b2c3d  not finished, 1.9 MiB; the same build")
+    assert f"`rm -r {work}` gives it up" in begun
+
+
 def test_ls_shows_the_one_on_path(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
