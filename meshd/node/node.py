@@ -79,6 +79,7 @@ class Node:
         self._recorder = FlightRecorder()
         self._rng = random.Random()  # the one source of chance, handed to the shells
         self._pool = Pool("work", workers=2)
+        self._drivers = Pool("drivers", workers=2)
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._exit_code = 0
@@ -224,8 +225,8 @@ class Node:
         return Prover(
             config,
             self._board,
-            real_looks(lambda: ensure(config.models_dir), self._pool, self._rng),
-            pool=self._pool,
+            real_looks(lambda: ensure(config.models_dir), self._drivers, self._rng),
+            pool=self._drivers,
             clock=self._clock,
             find=lambda: registry.find(config.runtime_dir),
             serving=lambda: self._models.serving_pids() if self._models else frozenset(),
@@ -415,6 +416,7 @@ class Node:
         api.hurry()
         await stack.stop()
         self._pool.close()
+        self._drivers.close()
         log.info("stopped")
 
     async def _drain(self, api: ApiServer) -> None:

@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Final, ParamSpec, TypeVar
 
 from meshd.config import Config
 from meshd.errors import GpuRequired, MeshdError
@@ -31,17 +31,32 @@ from meshd.runtime.proof.running import FIRST_LIMIT_S, LIMIT_S, Trial
 from meshd.runtime.record import RuntimeRecord
 from meshd.view import Layer, ModelState, ProofView, RuntimeView, View
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 log = logging.getLogger(__name__)
 
 GLANCE_S: Final = 15.0
+GLANCE_LIMIT_S: Final = 10.0
+"""A driver that is asked what devices there are and does not answer for so long has failed: a GPU
+that hangs can hold the call for ever."""
+LOOK_LIMIT_S: Final = 60.0
+"""The same for files and lists; hashing takes a second a gigabyte, a driver some to wake up."""
 LISTED_EVERY: Final = 3
 """Glances from one that asks the engine for its list to the next: that wakes a driver, and still
 tells of a device the engine lost within 45 s."""
 
 
+class NoAnswer(MeshdError):
+    """A look at the machine that did not come to its end in time."""
+
+    code, status, retryable = "no_answer", 504, True
+
+
 class Prover(Service):
-    """`serving`: pids of the engines that answer now. `find`: the engine that will run; blocking,
-    raises MeshdError. It is asked only by `require_gpu`, which cannot wait to be told."""
+    """`pool`: its own, since a call into a driver that hangs keeps its thread. `serving`: pids of
+    the engines that answer now. `find`: the engine that will run; blocking, raises MeshdError. It
+    is asked only by `require_gpu`, which cannot wait to be told."""
 
     name = "prover"
 
@@ -56,6 +71,7 @@ class Prover(Service):
         find: Callable[[], RuntimeRecord],
         serving: Callable[[], frozenset[int]] = frozenset,
         glance_s: float = GLANCE_S,
+        glance_limit_s: float = GLANCE_LIMIT_S,
     ) -> None:
         super().__init__()
         self._config = config
@@ -66,6 +82,7 @@ class Prover(Service):
         self._find = find
         self._serving = serving
         self._glance_s = glance_s
+        self._glance_limit_s = glance_limit_s
         self._wake = asyncio.Event()
         self._record: RuntimeRecord | None = None
         self._proved: RuntimeRecord | None = None
@@ -85,13 +102,35 @@ class Prover(Service):
         self._wake.set()
         return self._shown(record)
 
+    def _no_answer(self, problem: str) -> None:
+        """What cannot be looked at is not proved any more."""
+        evidence, record = self._evidence, self._proved
+        if evidence is None or record is None or evidence.built_for == CPU:
+            log.warning("the engine cannot be proved now: %s", problem)
+            return
+        lost = BackendEvidence(problem=problem)
+        self._publish(
+            record,
+            replace(evidence, checked_at=self._clock.wall(), backend=lost, runtime=None),
+        )
+
+    async def _ask(
+        self, limit_s: float, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """In the pool. Raises NoAnswer, and what `call` raises."""
+        try:
+            async with asyncio.timeout(limit_s):
+                return await self._pool.run(call, *args, **kwargs)
+        except TimeoutError:
+            raise NoAnswer(f"drivers or disk have not answered for {limit_s:g} s") from None
+
     async def require_gpu(self) -> None:
         """For `--require-gpu`, before the service is started: prove now. Raises GpuRequired, with
         what failed. At most `FIRST_LIMIT_S` and the time of some questions."""
         try:
             record = self._record
             if record is None:
-                record = self._record = await self._pool.run(self._find)
+                record = self._record = await self._ask(LOOK_LIMIT_S, self._find)
             await self._why(record)
             verdict = await self._prove(record, "the node starts with --require-gpu")
         except MeshdError as error:
@@ -129,6 +168,8 @@ class Prover(Service):
             why = await self._why(self._record)
             if why is not None:
                 await self._prove(self._record, why)
+        except NoAnswer as error:
+            self._no_answer(error.message)
         except MeshdError as error:  # a pool that is full, weights that cannot be made
             log.warning("the engine cannot be proved now: %s", error.message)
 
@@ -150,8 +191,8 @@ class Prover(Service):
         if gpu and self._glances % LISTED_EVERY == 0:
             listed = await self._listed(record)
         self._glances += 1
-        devices = await self._pool.run(self._looks.devices)
-        unchanged = await self._pool.run(record.unchanged)
+        devices = await self._ask(self._glance_limit_s, self._looks.devices)
+        unchanged = await self._ask(self._glance_limit_s, record.unchanged)
         now = glance_at(record.id, unchanged, self._looks.asleep_s(), devices, listed)
         # What was not asked this time is what it was.
         kept = last.listed if last is not None and listed is None else listed
@@ -170,7 +211,9 @@ class Prover(Service):
         """Names of devices: free memory, which the lines tell too, moves all the time."""
         assert self._evidence is not None, "asked only about a proof"
         try:
-            lines = await self._pool.run(self._looks.listed, Path(record.server_path))
+            lines = await self._ask(LOOK_LIMIT_S, self._looks.listed, Path(record.server_path))
+        except NoAnswer:
+            raise
         except MeshdError:
             return ()
         return devices_of(self._evidence.built_for, lines)
@@ -184,9 +227,9 @@ class Prover(Service):
         """
         log.info("proving engine %s: %s", record.id, why)
         held = self._proved is not None and self._proved.id == record.id
-        binary = await self._pool.run(self._looks.binary, record)  # 1
+        binary = await self._ask(LOOK_LIMIT_S, self._looks.binary, record)  # 1
         server = Path(record.server_path)
-        backend = await self._pool.run(self._looks.backend, server, binary)  # 2
+        backend = await self._ask(LOOK_LIMIT_S, self._looks.backend, server, binary)  # 2
         built_for = meant_for(record.backend, binary)
         if self._glance is not None:  # later lists are compared with the one that is judged
             names = devices_of(built_for, backend.listed or ())
@@ -210,7 +253,7 @@ class Prover(Service):
         device = devices_of(built_for, backend.listed or ())[0]
         trial = Trial(
             server=Path(record.server_path),
-            weights=await self._pool.run(self._looks.weights),
+            weights=await self._ask(LOOK_LIMIT_S, self._looks.weights),
             device=device,
             run_dir=self._config.run_dir,
             limit_s=FIRST_LIMIT_S if first else LIMIT_S,
@@ -220,7 +263,7 @@ class Prover(Service):
         if seen.problem is None or self._ran is None:
             return seen
         return still_there(
-            self._ran, seen, self._serving(), await self._pool.run(self._looks.usage)
+            self._ran, seen, self._serving(), await self._ask(LOOK_LIMIT_S, self._looks.usage)
         )
 
     def _answer(self) -> RuntimeEvidence | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from meshd.runtime.probe import probe
+from meshd.runtime.proof import binary
 from meshd.runtime.proof.backend import read_backend
 from meshd.runtime.proof.binary import executed, linked_backends, read_binary
 from meshd.runtime.proof.elf import needed
@@ -89,14 +90,20 @@ def test_a_link_to_another_engine(engine: Path, tmp_path: Path, cuda_program: Pa
     assert seen.executed == str(old / "llama-server")
 
 
-def test_what_a_wrapper_becomes(engine: Path, tmp_path: Path) -> None:
+def test_what_a_wrapper_becomes(
+    engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(binary, "WRAPPER_S", 0.5)
     wrapper = program(tmp_path / "llama-server", f'exec "{engine}/llama-server" "$@"\n')
     assert executed(wrapper) == str(engine / "llama-server")
 
 
-def test_a_wrapper_that_stays_hides_what_it_runs(engine: Path, tmp_path: Path) -> None:
+def test_a_wrapper_that_stays_hides_what_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory = make_engine(tmp_path / "wrapped")
     record = probe(directory)
+    monkeypatch.setattr(binary, "WRAPPER_S", 0.2)
     seen = read_binary(record)
     assert seen.executed == str(Path("/bin/sh").resolve())
     assert "none of the files of this engine" in str(verdict(record).proof.problem)
@@ -159,16 +166,16 @@ def test_libraries_a_program_asks_for(engine: Path) -> None:
 def test_a_device_list_that_has_become_empty(engine: Path) -> None:
     record = built(engine)
     (engine / "list-devices.txt").write_text(f"Available devices:\n  {pieces.LISTED[0]}\n")
-    binary = read_binary(record)
+    files = read_binary(record)
     devices = (pieces.gpu(), pieces.CPU_DEVICE)
-    seen = read_backend(engine / "llama-server", binary, lambda: devices)
+    seen = read_backend(engine / "llama-server", files, lambda: devices)
     assert (seen.listed, seen.architectures, seen.devices) == (pieces.LISTED, "90", devices)
     (engine / "list-devices.txt").write_text("Available devices:\n  (none)\n")
-    seen = read_backend(engine / "llama-server", binary, lambda: devices)
+    seen = read_backend(engine / "llama-server", files, lambda: devices)
     assert seen.listed == ()
     (engine / "list-devices.txt").unlink()
     (engine / "llama-server").chmod(0o644)
-    seen = read_backend(engine / "llama-server", binary, lambda: devices)
+    seen = read_backend(engine / "llama-server", files, lambda: devices)
     assert seen.listed is None
     assert "Permission denied" in str(seen.problem)
 

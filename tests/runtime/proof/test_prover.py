@@ -4,6 +4,7 @@ real."""
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +45,8 @@ class Machine:
         self.asleep_s = 0.0
         self.usage: Usage | None = Usage()
         self.trials: list[Trial] = []
+        self.driver_answers = threading.Event()
+        self.driver_answers.set()
         self.may_run = asyncio.Event()
         self.may_run.set()
 
@@ -58,11 +61,15 @@ class Machine:
             run=self.run,
             binary=lambda _: self.binary,
             backend=self._backend,
-            devices=lambda: self.devices,
+            devices=self._devices,
             listed=lambda _: self.backend.listed or (),
             usage=lambda: self.usage,
             asleep_s=lambda: self.asleep_s,
         )
+
+    def _devices(self) -> tuple[DeviceView, ...]:
+        assert self.driver_answers.wait(10.0)
+        return self.devices
 
     def _backend(self, server: Path, binary: BinaryEvidence) -> BackendEvidence:
         return replace(self.backend, devices=self.devices)
@@ -95,6 +102,7 @@ class Bench:
             find=self._find,
             serving=lambda: self.serving,
             glance_s=glance_s,
+            glance_limit_s=0.3,
         )
         self._task: asyncio.Task[None] | None = None
 
@@ -143,6 +151,7 @@ class Bench:
         )
 
     async def stop(self) -> None:
+        self.machine.driver_answers.set()
         self.prover.stopping.set()
         if self._task is not None:
             async with asyncio.timeout(5.0):
@@ -229,6 +238,18 @@ async def test_a_device_that_falls_off_the_bus(cuda: Bench) -> None:
     await cuda.until_backend("cpu", "the driver knows no device")
     assert len(cuda.machine.trials) == 1
     cuda.machine.devices = (pieces.gpu(), pieces.CPU_DEVICE)
+    await cuda.until_backend("cuda")
+
+
+async def test_a_driver_that_hangs(cuda: Bench) -> None:
+    """The call never comes back, and does not keep the loss from being told."""
+    cuda.start()
+    await cuda.until_backend("cuda")
+    cuda.machine.driver_answers.clear()
+    await cuda.until_backend("cpu", "have not answered for 0.3 s")
+    assert not cuda.runtime.proof.passed
+    cuda.machine.driver_answers.set()
+    cuda.clock.advance(61.0)
     await cuda.until_backend("cuda")
 
 

@@ -120,9 +120,9 @@ async def test_a_process_the_driver_does_not_know(field: Field) -> None:
 
 async def test_ready_without_a_token(field: Field) -> None:
     began = time.monotonic()
-    seen = await field.run(field.trial("mute", limit_s=2.0))
+    seen = await field.run(field.trial("mute", limit_s=1.0))
     assert not seen.generated
-    assert "no answer on CUDA0 within 2 s" in problem_of(seen)
+    assert "no answer on CUDA0 within 1 s" in problem_of(seen)
     assert time.monotonic() - began < 10.0
 
 
