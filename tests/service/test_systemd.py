@@ -244,7 +244,9 @@ def test_stopped_it_is_restarted_by_the_watchdog(node: Node, measured: list[str]
     node.machine.kill(pid, signal.SIGSTOP)
     took = node.wait_other_process(pid, WATCHDOG_S + ABORT_S + RESTART_S + START_S)
     measured.append(f"active again {took:.1f} s after kill -STOP")
-    assert "Watchdog timeout" in node.journal()
+    journal = node.journal()
+    assert "Watchdog timeout" in journal
+    assert "Fatal Python error: Aborted" in journal, "it says where it was"
     assert not before & set(node.processes())
     node.wait_serving()
 
@@ -299,3 +301,38 @@ def test_uninstall_leaves_data_only(node: Node) -> None:
     assert node.machine.run(MESHD, "service", "status", check=False).returncode == 3
     assert {"logs", "mesh"} <= {path.name for path in (root / DATA[1:]).iterdir()}
     node.machine.run(MESHD, "service", "uninstall", "--system")
+
+
+def test_a_user_installs_it_for_himself(machine: Machine) -> None:
+    """Last: it listens where the other one did."""
+    home = machine.root / "home/ann"
+    machine.run("useradd", "--create-home", "--uid", "1500", "ann")
+    # What user@1500.service does where there is a login manager.
+    runtime = "/run/user/1500"
+    machine.run("install", "-d", "-o", "ann", "-g", "ann", "-m", "0700", runtime)
+    machine.run(
+        *("systemd-run", "--unit=ann", "--service-type=notify", "--property=User=ann"),
+        *("--property=Delegate=yes", f"--setenv=XDG_RUNTIME_DIR={runtime}"),
+        *("/lib/systemd/systemd", "--user"),
+    )
+    secrets = home / ".config/meshd/environment"
+    secrets.parent.mkdir(parents=True)
+    secrets.write_text("MESHD_MDNS=false\nMESHD_PEER_LISTEN=127.0.0.1:9338\n")
+    machine.run("chown", "-R", "ann:", "/home/ann")
+    environment = ("env", "HOME=/home/ann", f"XDG_RUNTIME_DIR={runtime}")
+    as_ann = ("runuser", "-u", "ann", "--", *environment)
+
+    said = machine.run(*as_ann, MESHD, "service", "install").stdout
+    assert "meshd.service (user): active, running" in said
+    assert "enable-linger" in said
+    unit = home / ".config/systemd/user/meshd.service"
+    assert unit.exists()
+    assert "127.0.0.1:9338" in machine.run("ss", "-Hltn").stdout
+    status = json.loads(machine.run(*as_ann, MESHD, "status", "--json").stdout)
+    assert status["node"]["state"] == "ready"
+    assert (home / ".local/share/meshd/mesh").is_dir()
+
+    machine.run(*as_ann, MESHD, "service", "uninstall")
+    assert not unit.exists()
+    assert machine.run(*as_ann, MESHD, "service", "status", check=False).returncode == 3
+    assert "127.0.0.1:9338" not in machine.run("ss", "-Hltn").stdout
