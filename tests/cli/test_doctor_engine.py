@@ -17,6 +17,7 @@ from meshd.config import Config, load
 from meshd.kernel.findings import Finding, Verdict
 from meshd.runtime.proof.evidence import FileSeen
 from meshd.runtime.record import RuntimeRecord
+from meshd.runtime.registry import Registry
 from meshd.view import DeviceView
 from tests.cli.patients import CPU, CUDA_CACHE, H200, LISTED, built_engine, machine
 from tests.runtime.fake_engine import VERSION, make_engine
@@ -236,6 +237,22 @@ def test_an_old_binary_put_back(
     assert f"{server}: not the file that was built" in found["installed"].evidence
 
 
+def test_an_engine_that_changed_and_is_not_wanted(
+    configure: Callable[..., Config], tmp_path: Path, cache: Path
+) -> None:
+    old = built_engine(cache, "cpu")
+    chosen = built_engine(cache)
+    Path(old.server_path).unlink()
+    assert looked(configure(), gpu_machine(tmp_path))["installed"].state is Verdict.PASSED
+    Path(chosen.server_path).write_text("#!/bin/sh\n")
+    built_engine(cache, "vulkan", cache={})
+    registry = Registry(cache)
+    (registry.directory / "current").write_text(f"{chosen.id}\n")
+    finding = looked(configure(), gpu_machine(tmp_path))["installed"]
+    assert finding.state is Verdict.FAILED
+    assert f"not the file that was built for {chosen.id}" in finding.evidence
+
+
 def test_an_old_binary_put_back_with_size_and_time_of_the_new_one(
     configure: Callable[..., Config], tmp_path: Path, cache: Path
 ) -> None:
@@ -278,14 +295,21 @@ def test_a_file_that_is_missing(
     assert "llama-server is missing" in finding.evidence
 
 
+@pytest.mark.parametrize(
+    ("executed", "words"),
+    [("/opt/old/llama-server", "/opt/old/llama-server"), (None, "what could not be seen")],
+)
 def test_another_program_behind_the_name(
-    configure: Callable[..., Config], tmp_path: Path, cache: Path
+    configure: Callable[..., Config],
+    tmp_path: Path,
+    cache: Path,
+    executed: str | None,
+    words: str,
 ) -> None:
     built_engine(cache)
-    around = gpu_machine(tmp_path, binary={"executed": "/opt/old/llama-server"})
-    finding = looked(configure(), around)["installed"]
+    finding = looked(configure(), gpu_machine(tmp_path, binary={"executed": executed}))["installed"]
     assert finding.state is Verdict.FAILED
-    assert "really runs /opt/old/llama-server" in finding.evidence
+    assert f"really runs {words}, which is no file of this engine" in finding.evidence
 
 
 def test_a_version_that_is_not_the_recorded_one(

@@ -35,13 +35,13 @@ def installed(subject: Subject) -> str:
     if seen.version_said != record.version:
         said = seen.problem or f"it says {seen.version_said}"
         raise Fault(f"{said}; its record says {record.version}", build_again(subject))
-    if seen.executed is not None and seen.executed not in {file.path for file in seen.files}:
+    if seen.executed not in {file.path for file in seen.files}:
         raise Fault(
-            f"{seen.path} really runs {seen.executed}, which is no file of this engine",
+            f"{seen.path} really runs {seen.executed or 'what could not be seen'}, which is no "
+            "file of this engine",
             "name the directory of that program with --runtime-dir",
         )
-    _check_running(subject)
-    served = "" if subject.status is None else "; the daemon runs them"
+    served = _daemon_runs(subject)
     hash_of_server = next((f.found_sha256 for f in seen.files if f.found_sha256), "")
     return (
         f"{len(seen.files)} files have the hash that was recorded (llama-server "
@@ -76,11 +76,12 @@ def _difference(found: str | None, recorded: str | None) -> str:
     return f"is not the file that was built (sha256 {found[:12]}… instead of {recorded[:12]}…)"
 
 
-def _check_running(subject: Subject) -> None:
-    """Raises Fault if the daemon runs another engine than the next start would."""
+def _daemon_runs(subject: Subject) -> str:
+    """Words on what a daemon runs; empty without one. Raises Fault if that is another engine than
+    the next start would run."""
     runtime = None if subject.status is None else subject.status["runtime"]
     if runtime is None:
-        return
+        return ""
     served = {binary["name"]: binary["sha256"] for binary in runtime["binaries"]}
     server = Path(subject.record().server_path).name
     known = {binary.name: binary.sha256 for binary in subject.record().binaries}
@@ -89,6 +90,7 @@ def _check_running(subject: Subject) -> None:
             f"the daemon runs {runtime['id']}, the next start would run {subject.record().id}",
             "restart the daemon, or choose with `meshd runtime use`",
         )
+    return "; the daemon runs them"
 
 
 def _daemon_proved(subject: Subject) -> str:

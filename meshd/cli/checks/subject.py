@@ -114,14 +114,22 @@ class Subject:
 
     @cached_property
     def changed(self) -> tuple[RuntimeRecord, ...]:
-        """Engines built here whose files are no longer those that were built; a start passes them
-        over; none if another directory was asked for."""
+        """Engines built here that a start would run if their files were still those that were
+        built: it passes over them. None if another directory was asked for."""
         from meshd.runtime.registry import Registry
 
         if self.config.runtime_dir is not None:
             return ()
-        built = Registry(self.config.cache_dir).list()
-        return tuple(record for record in built if not record.unchanged())
+        registry = Registry(self.config.cache_dir)
+        chosen, found = registry.current(), self.found
+        since = float("-inf") if isinstance(found, MeshdError) else found.probed_at
+        if not isinstance(found, MeshdError) and found.id == chosen:
+            return ()
+        return tuple(
+            record
+            for record in registry.list()
+            if not record.unchanged() and (record.id == chosen or record.probed_at > since)
+        )
 
     def record(self) -> RuntimeRecord:
         """The engine to look at: the one that runs next, or else the newest that was changed.
