@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
+import resource
 import sys
+from typing import Final
 
 from meshd.config import Loaded, under_journal
 from meshd.errors import BadConfig
@@ -16,9 +18,22 @@ from meshd.kernel.logs import configure_logging
 from meshd.node.node import Node
 
 
+OPEN_FILES: Final = 65_536
+"""What a node may need with every limit of its configuration used; shells often allow 1024."""
+
+
+def raise_open_files() -> None:
+    """Allow this process as many open files as it may allow itself, up to `OPEN_FILES`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def run(loaded: Loaded) -> int:
     """Be a node until told to stop. Returns the exit code; raises MeshdError if it cannot start."""
     config = loaded.config
+    raise_open_files()
     faulthandler.enable()  # a watchdog ends a hung process with SIGABRT: say where it hung
     try:
         config.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
