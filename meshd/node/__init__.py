@@ -17,7 +17,6 @@ from meshd.kernel import DirectoryLock
 from meshd.kernel.logs import configure_logging
 from meshd.node.node import Node
 
-
 OPEN_FILES: Final = 65_536
 """What a node may need with every limit of its configuration used; shells often allow 1024."""
 
