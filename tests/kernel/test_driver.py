@@ -128,3 +128,17 @@ def test_a_manual_clock_does_not_go_back() -> None:
     assert clock.now() == 4.5
     with pytest.raises(ValueError, match="cannot go back"):
         clock.advance(-1)
+
+
+async def test_a_machine_that_is_not_woken_is_overdue() -> None:
+    """Nobody hears of an order that fails in a timer: the machine only stands still."""
+    clock = ManualClock(5.0)
+    script = Script({})
+    driver: Driver[Event, Order] = Driver("script", script, lambda _: None, clock=clock)
+    assert driver.overdue_s == 0.0
+    script.wanted = 6.0
+    assert driver.overdue_s == 0.0, "not yet"
+    clock.advance(31.0)
+    assert driver.overdue_s == 30.0
+    driver.close()
+    assert driver.overdue_s == 0.0, "a closed one owes nothing"

@@ -28,7 +28,7 @@ WATCHDOG_S, ABORT_S, RESTART_S = 30.0, 10.0, 2.0
 """As in the unit file."""
 START_S = 20.0
 DRAIN_S = 90.0
-"""With what follows it, more than the unit's TimeoutStopSec: the node has to ask for it."""
+"""A busy machine takes long for the stream of a test."""
 
 OTHER_UNIT = f"""\
 [Service]
