@@ -23,7 +23,8 @@ from meshd.errors import BuildFailed, NoSpace, ToolMissing
 from meshd.runtime.choices import BuildOptions, cmake_args, not_taken, read_cache
 from meshd.runtime.devices import read_devices, read_memory
 from meshd.runtime.nvcc import architectures_of, parse_architectures, why_unfit
-from meshd.runtime.publish import TARGETS, publish
+from meshd.runtime.probe import RPC_SERVERS
+from meshd.runtime.publish import PROGRAMS, publish
 from meshd.runtime.record import BuildFacts, RuntimeRecord, cpu_features
 from meshd.runtime.registry import Registry
 from meshd.runtime.sources import PINNED, PinnedSource, Source, obtain
@@ -274,8 +275,17 @@ def _compile(
         if fraction is not None:
             progress("compiling", fraction)
 
-    command = [tools.ninja, "-C", str(work), "-j", str(jobs), *TARGETS]
+    command = [tools.ninja, "-C", str(work), "-j", str(jobs), *_targets(work)]
     run_step(command, log, hear, {"NINJA_STATUS": "[%f/%t] "})
+
+
+def _targets(work: Path) -> list[str]:
+    """Sources from before the RPC server was renamed have it under its older name."""
+    text = (work / "build.ninja").read_text(errors="replace")
+    server = next((n for n in RPC_SERVERS if re.search(rf"^build {n}:", text, re.MULTILINE)), "")
+    # One that has neither is ninja's to complain of, by the name of today.
+    others = set(RPC_SERVERS) - {server or RPC_SERVERS[0]}
+    return [name for name in PROGRAMS if name not in others]
 
 
 def _protocol(source: Source) -> str | None:

@@ -15,7 +15,8 @@ from meshd.runtime.probe import RPC_SERVERS, SERVER, probe, sha256_of
 from meshd.runtime.record import BuildFacts, BuiltFile, RuntimeRecord
 from meshd.runtime.registry import RECORD, Registry
 
-TARGETS = (SERVER, RPC_SERVERS[0], "llama-gguf-split", "llama-bench")
+PROGRAMS = (SERVER, *RPC_SERVERS, "llama-gguf-split", "llama-bench")
+"""What is built and installed; of the names of the RPC server, the one the source has."""
 
 _LIBRARY = re.compile(r"\.(so|dylib)(\.|$)")
 
@@ -53,7 +54,7 @@ def _install(bin_dir: Path, partial: Path, backend: str) -> tuple[BuiltFile, ...
     files = [
         path
         for path in sorted(bin_dir.iterdir())
-        if path.name in TARGETS or _LIBRARY.search(path.name)
+        if path.name in PROGRAMS or _LIBRARY.search(path.name)
     ]
     library = backend_library(backend)
     if library is not None and not any(path.name.startswith(f"{library}.") for path in files):

@@ -155,6 +155,13 @@ def test_a_damaged_engine_is_built_again(cache: Path, tree: Path) -> None:
     assert second.unchanged()
 
 
+def test_a_source_with_the_older_name_of_the_rpc_server(cache: Path, tree: Path) -> None:
+    project = tree / "CMakeLists.txt"
+    project.write_text(project.read_text().replace("ggml-rpc-server", "rpc-server"))
+    record = toy_build(cache, tree)
+    assert record.rpc_path == str(Path(record.directory) / "rpc-server")
+
+
 def test_a_changed_source_is_another_engine(cache: Path, tree: Path) -> None:
     first = toy_build(cache, tree)
     toy_tree(tree, toy_files(version="version: 0.2"))
