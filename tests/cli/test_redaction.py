@@ -90,8 +90,11 @@ def test_json_stays_json() -> None:
     assert json.loads(UNKNOWN.redact(text))["n"] == 1
 
 
+NO_SPACE = st.characters(min_codepoint=33, max_codepoint=0x2FF, exclude_categories=("Z", "C"))
+
+
 @given(
-    secret=st.text(st.characters(min_codepoint=33, max_codepoint=0x2FF), min_size=6, max_size=40),
+    secret=st.text(NO_SPACE, min_size=6, max_size=40),
     before=st.text(max_size=20),
     after=st.text(max_size=20),
 )
