@@ -1,0 +1,27 @@
+#!/bin/sh
+# Proves on a machine with an NVIDIA GPU what meshd says of it, and that it cannot be lied to: builds
+# the CUDA engine for the GPU that is there, compares meshd's word with nvidia-smi's, serves a model
+# of some GB with every layer on the GPU, and then takes things away: the device, the right engine,
+# the fresh binary. Prints a table last; exit code 0 only if everything was as it should be.
+#
+#   scripts/gpu/prove.sh
+#
+# WORK: where engines, model and environment go (default: ./.prove); a second run goes on from there.
+# SOURCE: llama.cpp as `meshd runtime build --source` takes it (default: the pinned one, fetched).
+# WHEELS: a directory with wheels of meshd's dependencies, for a machine without network.
+# STEPS: `build`, `rest` or `all` (the default).
+set -eu
+
+root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
+WORK=${WORK:-$root/.prove}
+mkdir -p "$WORK"
+venv=$WORK/venv
+if ! "$venv/bin/python" -c 'import aiohttp' 2>/dev/null; then
+  "$(sh "$root/scripts/find-python.sh")" -m venv --clear "$venv"
+  if [ -n "${WHEELS:-}" ]; then
+    "$venv/bin/python" -m pip install --quiet --no-index --no-deps "$WHEELS"/*.whl
+  else
+    "$venv/bin/python" -m pip install --quiet --require-hashes -r "$root/requirements.lock"
+  fi
+fi
+PYTHONPATH=$root WORK=$WORK exec "$venv/bin/python" "$root/scripts/gpu/prove.py"
