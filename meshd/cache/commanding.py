@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from meshd.cache.budget import Holding, Item, objection, plan
+from meshd.cache.budget import Holding, Item, objection
 from meshd.cache.commands import (
     Event,
     Events,
@@ -18,17 +17,15 @@ from meshd.cache.commands import (
     PruneReport,
     RemovalReport,
     Verified,
+    failed,
 )
-from meshd.cache.hashes import Stopped
-from meshd.cache.hashing import verify_files
 from meshd.cache.inventory import Inventory, StoredSet, listing
-from meshd.cache.preparing import Meter, Moved
 from meshd.cache.references import BUILTIN, BuiltinRef, HubRef, format_ref
 from meshd.cache.removal import Removed
 from meshd.cache.room import CacheRoom, Guarded
 from meshd.cache.transfer.words import Progress
-from meshd.cache.usage import read_usage
 from meshd.cache.verdict import Expected, Fault, SetVerdict
+from meshd.cache.verifying import Moved
 from meshd.cache.weights import inspect, local_set, look
 from meshd.config import Config
 from meshd.errors import InvalidRequest, MeshdError, NotInCache, WeightsInUse
@@ -56,7 +53,7 @@ class CacheCommander:
     async def ls(self) -> dict[str, Any]:
         room = self._room
         inventory = await room.inventory()
-        usage = await self._usage()
+        usage = await room.usage()
         holdings = [room.holding(one) for one in inventory.sets]
         return listing(inventory, holdings, usage).model_dump(mode="json")
 
@@ -79,19 +76,11 @@ class CacheCommander:
     async def prune(self, *, dry_run: bool, force: bool) -> dict[str, Any]:
         room = self._room
         inventory = await room.inventory()
-        usage = await self._usage()
-        holdings = [room.holding(one) for one in inventory.sets]
-        wanted = plan(
-            holdings,
-            inventory.leftovers,
-            used_bytes=usage.used_bytes,
-            budget_bytes=usage.budget_bytes,
-            force=force,
-        )
-        freed, removed = wanted.freed_bytes, Removed()
+        removals = await room.plan_removals(inventory, force=force)
+        wanted, removed = removals.plan, Removed()
+        freed = wanted.freed_bytes
         if not dry_run:
-            sets = dict(zip(map(id, holdings), inventory.sets, strict=True))
-            removed = await room.carry_out(wanted, sets)
+            removed = await room.carry_out(removals)
             freed = removed.freed_bytes
             room.changed()
         report = PruneReport(
@@ -180,7 +169,6 @@ class CacheCommander:
 
     async def _hash_all(self, verdicts: Sequence[SetVerdict], tell: Tell) -> _Hashed:
         """Hash every file that can be hashed, whatever the ledger says."""
-        store = self._room.store
         able = [
             (expected, seen.facts.size)
             for verdict in verdicts
@@ -190,28 +178,9 @@ class CacheCommander:
             if seen.facts is not None and file.fault in (Fault.OK, Fault.UNVERIFIED, Fault.CORRUPT)
         ]
         total = sum(size for _, size in able)
-        meter = Meter(total, _as_events(tell))
-        loop = asyncio.get_running_loop()
-        halt = threading.Event()
-
-        def progress(done_bytes: int) -> None:
-            if meter.is_due(done_bytes):
-                loop.call_soon_threadsafe(meter.tell, done_bytes)
-
-        try:
-            checked = await self._room.hashing.run(
-                verify_files,
-                [expected for expected, _ in able],
-                store.ledger,
-                store.chunks,
-                stop=halt.is_set,
-                progress=progress,
-            )
-        except Stopped:  # only by our own leaving
-            raise asyncio.CancelledError from None
-        finally:
-            halt.set()
-        self._room.preparer.verified_bytes += total
+        checked = await self._room.verifier.verify(
+            [expected for expected, _ in able], total, _as_events(tell)
+        )
         return _Hashed(total, {one.path: one.problem for one in checked if one.problem})
 
     # -- what is meant ----------------------------------------------------------------------------
@@ -227,10 +196,6 @@ class CacheCommander:
             raise NotInCache(_not_here(parsed, inventory))
         return one
 
-    async def _usage(self) -> Any:
-        room = self._room
-        return await room.pool.run(read_usage, room.store.places.hub, budget=room.settings.budget)
-
 
 @contextlib.asynccontextmanager
 async def commands_here(config: Config, guarded: Guarded) -> AsyncIterator[CacheCommander]:
@@ -238,7 +203,7 @@ async def commands_here(config: Config, guarded: Guarded) -> AsyncIterator[Cache
     pool = Pool("cache", workers=2)
     room = CacheRoom(config, pool, guarded=guarded)
     try:
-        await pool.run(room.remover.recover)
+        await pool.run(room.recover)
         yield CacheCommander(room)
     finally:
         room.close()
@@ -280,13 +245,7 @@ async def _whole_or_not(work: Callable[[Tell], Awaitable[None]]) -> Events:
                 else:
                     yield event
     except MeshdError as error:
-        yield {
-            "t": "failed",
-            "code": error.code,
-            "message": error.message,
-            "permanent": not error.retryable,
-            "retry_after_s": error.retry_after_s,
-        }
+        yield failed(error)
     else:
         yield last or {"t": "done", "fetched_bytes": 0, "sources": {}}
 

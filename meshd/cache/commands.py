@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 
+from meshd.errors import MeshdError
+
 Event: TypeAlias = dict[str, Any]
 Events: TypeAlias = AsyncGenerator[Event, None]
 
@@ -128,6 +130,17 @@ class Verified(_Answer):
     files: int
     wrong: int
     hashed_bytes: int
+
+
+def failed(error: MeshdError) -> Event:
+    """The last event of work that ended with `error`."""
+    return {
+        "t": "failed",
+        "code": error.detail["code"] if error.detail and "code" in error.detail else error.code,
+        "message": error.message,
+        "permanent": not error.retryable,
+        "retry_after_s": error.retry_after_s,
+    }
 
 
 class CacheCommands(Protocol):

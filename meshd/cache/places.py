@@ -67,6 +67,11 @@ class Places:
         """The sha256 of every chunk of the file with that sha256, 32 bytes each, in order."""
         return self.state / "chunks" / sha256
 
+    @property
+    def removals(self) -> Path:
+        """Orders to remove sets that are not carried out yet."""
+        return self.state / "removals"
+
     def journal(self, sha256: str) -> Path:
         """Which chunks of a partial are there."""
         return self.state / "partials" / sha256

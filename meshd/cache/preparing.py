@@ -16,13 +16,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
-import time
 from collections.abc import AsyncIterable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
-from meshd.cache.hashes import Stopped
 from meshd.cache.manifest import Manifest
 from meshd.cache.manifests import from_snapshot, from_tree_cache
 from meshd.cache.references import (
@@ -38,6 +35,7 @@ from meshd.cache.references import (
 )
 from meshd.cache.store import Store
 from meshd.cache.verdict import Fault, SetVerdict
+from meshd.cache.verifying import Moved, Verifier
 from meshd.cache.weights import Weights, inspect, local_set, look, misfit, to_weights
 from meshd.errors import BrokenWeights, HubRefused, HubUnavailable, MeshdError, NoSpace
 from meshd.ids import ModelId
@@ -57,9 +55,7 @@ LOCAL_RETRY_S: Final = 30.0
 back should need no command."""
 FETCH_RETRY_S: Final = 60.0
 """After a fetch that failed for a reason that may pass; the fetch itself has tried for a while."""
-TELL_EVERY_S: Final = 0.25
 
-Moved: TypeAlias = Callable[[Preparing], None]
 Told: TypeAlias = "Callable[[News], None]"
 
 
@@ -74,7 +70,7 @@ class StartFetch(Protocol):
 
 
 class Preparer:
-    """`pool` runs looks, `hashing` what takes long; `catalog` is asked for only when a name has to
+    """`pool` runs looks, `verifier` what takes long; `catalog` is asked for only when a name has to
     be looked up."""
 
     def __init__(
@@ -82,19 +78,17 @@ class Preparer:
         store: Store,
         catalog: Callable[[], Catalog],
         pool: Pool,
-        hashing: Pool,
+        verifier: Verifier,
         fetch: StartFetch,
     ) -> None:
         self.store = store
         self._catalog = catalog
         self._pool = pool
-        self._hashing = hashing
+        self._verifier = verifier
         self._fetch = fetch
         self._turns: dict[HubRef, asyncio.Lock] = {}
         self.busy_with: dict[HubRef, int] = {}
         """References that somebody waits for, and how many do."""
-        self.verified_bytes = 0
-        """Hashed since the process began, what was fetched included."""
 
     def parse(self, ref: str) -> Reference:
         """What `ref` names; a path into the Hugging Face cache is what it is on the hub. Raises
@@ -207,27 +201,8 @@ class Preparer:
         headers = self.store.headers
         return look(local_set(parsed.path, headers), self.store.ledger, headers)
 
-    # -- hashing ----------------------------------------------------------------------------------
-
     async def _hash(self, verdict: SetVerdict, moved: Moved) -> None:
-        """Hash what was not; says how far it is."""
-        meter = Meter(verdict.unverified_bytes, moved)
-        abandoned = threading.Event()
-        loop = asyncio.get_running_loop()
-
-        def progress(done_bytes: int) -> None:
-            if meter.is_due(done_bytes):
-                loop.call_soon_threadsafe(meter.tell, done_bytes)
-
-        try:
-            await self._hashing.run(
-                self.store.hash_unverified, verdict, stop=abandoned.is_set, progress=progress
-            )
-        except Stopped:  # only by our own leaving
-            raise asyncio.CancelledError from None
-        finally:
-            abandoned.set()
-        self.verified_bytes += verdict.unverified_bytes
+        await self._verifier.verify(verdict.unverified, verdict.unverified_bytes, moved)
 
     # -- fetching ---------------------------------------------------------------------------------
 
@@ -258,35 +233,10 @@ class Preparer:
             raise failure(end, verdict, _repair(wanted))
         assert isinstance(end, Done), "a fetch ends with one of the two"
         assert manifest is not None, "and is done only with what it resolved"
-        self.verified_bytes += end.fetched_bytes
+        self._verifier.verified_bytes += end.fetched_bytes
         got = ", ".join(f"{format_size(count)} from {who}" for who, count in end.sources.items())
         log.info("model %s: the weights are whole%s", name, f" ({got})" if got else "")
         return manifest
-
-
-class Meter:
-    """Turns bytes hashed into words now and then. `is_due` may be called by any thread."""
-
-    def __init__(self, total_bytes: int, moved: Moved) -> None:
-        self._total_bytes = total_bytes
-        self._moved = moved
-        self._started_at = self._told_at = time.monotonic()
-
-    def is_due(self, done_bytes: int) -> bool:
-        now = time.monotonic()
-        if now - self._told_at < TELL_EVERY_S and done_bytes < self._total_bytes:
-            return False
-        self._told_at = now
-        return True
-
-    def tell(self, done_bytes: int) -> None:
-        rate = done_bytes / max(1e-3, time.monotonic() - self._started_at)
-        left = max(0, self._total_bytes - done_bytes)
-        fetch = FetchView(done_bytes, self._total_bytes, rate, left / rate if rate else None)
-        progress = done_bytes / max(1, self._total_bytes)
-        self._moved(
-            Preparing(ModelState.VERIFYING, "hashing the weights", min(1.0, progress), fetch)
-        )
 
 
 _STATES = {

@@ -80,10 +80,6 @@ class Remover:
         self._store = store
         self._uses = uses
 
-    @property
-    def _orders(self) -> Path:
-        return self._places.state / "removals"
-
     def remove(self, order: RemovalOrder) -> Removed:
         """Remove the set; all of it stays if another program is downloading a part of it."""
         busy = tuple(
@@ -93,9 +89,9 @@ class Remover:
         )
         if busy:
             return Removed(busy=busy)
-        self._orders.mkdir(parents=True, exist_ok=True)
+        self._places.removals.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256(f"{order.repo}\n{order.digest}".encode()).hexdigest()[:40]
-        written = self._orders / f"{name}.json"
+        written = self._places.removals / f"{name}.json"
         write_atomic(written, order.model_dump_json().encode())
         removed = self._carry_out(order, until_ns=None)
         written.unlink(missing_ok=True)
@@ -214,7 +210,7 @@ class Remover:
 
     def _written_orders(self) -> list[Path]:
         try:
-            return sorted(p for p in self._orders.iterdir() if p.suffix == ".json")
+            return sorted(p for p in self._places.removals.iterdir() if p.suffix == ".json")
         except FileNotFoundError:
             return []
 

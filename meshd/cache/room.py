@@ -10,23 +10,24 @@ import logging
 import sys
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from meshd.cache.manifest import Manifest
 from meshd.cache.places import Places
-from meshd.cache.preparing import Moved, Preparer
+from meshd.cache.preparing import Preparer
 from meshd.cache.references import HubRef, format_ref
 from meshd.cache.store import Store
 from meshd.cache.uses import UseBook
+from meshd.cache.verifying import Moved, Verifier
 from meshd.cache.weights import Weights
 from meshd.config import Config, environment_of_children, hub_cache_dir
 from meshd.errors import BadReference, CacheUnwritable, NoSpace
 from meshd.ids import ModelId
 from meshd.kernel import Pool
 from meshd.sizes import format_size, parse_size_or_share
-from meshd.view import WeightsView
+from meshd.view import CacheView, WeightsView
 
 if TYPE_CHECKING:
     # Late where they are needed: models are loaded before all of this is read.
@@ -35,12 +36,10 @@ if TYPE_CHECKING:
     from meshd.cache.inventory import Inventory, StoredSet
     from meshd.cache.offering import Offering
     from meshd.cache.removal import Removed, Remover
+    from meshd.cache.transfer.fetching import Fetch
     from meshd.cache.transfer.words import Credentials, FetchOrder, News, PeerSource
 
 log = logging.getLogger(__name__)
-
-HASHERS = 2
-"""Sets that are hashed at once; each uses several threads."""
 
 Guarded = Callable[[Sequence[str]], list[str]]
 """The command line of a child that ends with this process."""
@@ -72,6 +71,14 @@ class Alone:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class Removals:
+    """A plan, and which sets its holdings are."""
+
+    plan: PrunePlan
+    sets: Mapping[Holding, StoredSet]
+
+
 class CacheRoom:
     def __init__(
         self,
@@ -90,16 +97,27 @@ class CacheRoom:
         self.store = Store.at(Places(hub, config.weights_dir, config.models_dir))
         self.uses = UseBook(self.store.places.state / "uses")
         self.pool = pool
-        self.hashing = Pool("hash", workers=HASHERS)
-        self.preparer = Preparer(self.store, lambda: self.catalog, pool, self.hashing, self._fetch)
+        self.verifier = Verifier(self.store)
+        self.preparer = Preparer(self.store, lambda: self.catalog, pool, self.verifier, self._fetch)
         self._own_catalog = config.data_dir / "catalog.json"
         self.changed = changed
         self._guarded = guarded
         self._neighbours = neighbours or Alone()
         self._in_use = in_use
 
+    def recover(self) -> None:
+        """Finish removals that were interrupted, before anybody uses what they were to remove.
+        Blocking; next to nothing if there are none."""
+        if not any(self.store.places.removals.glob("*.json")):
+            return
+        try:
+            for order in self.remover.recover():
+                log.info("the removal of %s, which was interrupted, is finished", order.repo)
+        except OSError as error:
+            log.warning("an interrupted removal cannot be finished: %s", error)
+
     def close(self) -> None:
-        self.hashing.close()
+        self.verifier.close()
 
     @cached_property
     def catalog(self) -> Catalog:
@@ -137,6 +155,11 @@ class CacheRoom:
 
     # -- what is there ----------------------------------------------------------------------------
 
+    async def usage(self) -> CacheView:
+        from meshd.cache.usage import read_usage
+
+        return await self.pool.run(read_usage, self.store.places.hub, budget=self.settings.budget)
+
     async def inventory(self) -> Inventory:
         from meshd.cache.inventory import take_inventory
 
@@ -154,9 +177,10 @@ class CacheRoom:
             elsewhere=self._neighbours.hold(one.digest),
         )
 
-    def shelf(self, inventory: Inventory) -> tuple[WeightsView, ...]:
+    async def shelf(self) -> tuple[WeightsView, ...]:
         """What lies verified here, for other nodes to know; and from now on it is offered."""
-        self.offering.tell_of(self.store.manifests.all())
+        inventory = await self.inventory()
+        self.offering.tell_of(await self.pool.run(self.store.manifests.all))
         return tuple(
             WeightsView(ModelId(one.model), one.ref, one.digest, one.size_bytes)
             for one in inventory.sets
@@ -176,8 +200,6 @@ class CacheRoom:
     async def _fetch(
         self, wanted: HubRef, manifest: Manifest | None, damaged: tuple[str, ...]
     ) -> AsyncIterator[AsyncIterable[News]]:
-        from meshd.cache.transfer.fetching import Fetch
-
         if self.settings.budget is not None:
             if manifest is None:
                 manifest = await self._resolve(wanted)
@@ -187,7 +209,7 @@ class CacheRoom:
             self.offering.add(manifest)
         digest = None if manifest is None else manifest.digest
         order = self._order(wanted, digest, manifest=manifest, damaged=damaged)
-        async with await self._start(Fetch, order) as fetch:
+        async with await self._start(order) as fetch:
             yield self._offered(fetch)
         self.changed()
 
@@ -200,15 +222,18 @@ class CacheRoom:
                 self.offering.add(one.manifest)
             yield one
 
-    async def _start(self, fetch: Any, order: FetchOrder) -> Any:
+    async def _start(self, order: FetchOrder) -> Fetch:
+        from meshd.cache.transfer.fetching import Fetch
+
         command = self._guarded([sys.executable, "-P", "-m", "meshd.fetcher"])
         try:
-            return await fetch.start(order, command, environment_of_children())
+            return await Fetch.start(order, command, environment_of_children())
         except OSError as error:
             raise CacheUnwritable(f"no process to fetch with: {error.strerror}") from None
 
     def _order(self, wanted: HubRef, digest: str | None = None, **more: Any) -> FetchOrder:
         from meshd.cache.transfer.words import FetchOrder
+        from meshd.cache.usage import disk_of
 
         places, settings = self.store.places, self.settings
         credentials = self._neighbours.credentials() if settings.from_peers else None
@@ -220,18 +245,17 @@ class CacheRoom:
             peers=() if credentials is None else tuple(self._neighbours.sources(digest)),
             credentials=credentials,
             workers=settings.workers,
-            reserve_bytes=parse_size_or_share(settings.reserve, _disk_bytes(places.hub)),
+            reserve_bytes=parse_size_or_share(settings.reserve, disk_of(places.hub).total),
             stall_s=settings.stall_s,
             **more,
         )
 
     async def _resolve(self, wanted: HubRef) -> Manifest | None:
         """What is to be fetched; None if that fails, which the fetch itself will explain."""
-        from meshd.cache.transfer.fetching import Fetch
         from meshd.cache.transfer.words import Resolved
 
         found = None
-        async with await self._start(Fetch, self._order(wanted, resolve_only=True)) as fetch:
+        async with await self._start(self._order(wanted, resolve_only=True)) as fetch:
             async for news in fetch:
                 if isinstance(news, Resolved):
                     found = news.manifest
@@ -239,10 +263,6 @@ class CacheRoom:
 
     async def _make_room(self, manifest: Manifest) -> None:
         """Remove what was used longest ago, if the budget asks for it. Raises NoSpace."""
-        from meshd.cache.budget import plan
-        from meshd.cache.usage import read_usage
-
-        usage = await self.pool.run(read_usage, self.store.places.hub, budget=self.settings.budget)
         inventory = await self.inventory()
         there = {blob for one in inventory.sets for blob in one.blobs}
         missing = sum(
@@ -251,34 +271,44 @@ class CacheRoom:
             if str(self.store.places.blob(manifest.repo, file.sha256)) not in there
         )
         others = [one for one in inventory.sets if not _is_of(one, manifest)]
-        holdings = [self.holding(one) for one in others]
+        wanted = await self.plan_removals(replace(inventory, sets=tuple(others)), missing)
+        if wanted.plan.still_over_bytes and missing:
+            raise NoSpace(
+                f"{format_size(missing)} are to be fetched, and the cache's budget "
+                f"(`cache.budget`, {self.settings.budget}) leaves "
+                f"{format_size(wanted.plan.still_over_bytes)} too little: what is there is in use, "
+                "pinned, or the last copy in the mesh; `meshd cache prune --dry-run` says which"
+            )
+        for _, reason in wanted.plan.remove:
+            log.info("making room: %s", reason)
+        await self.carry_out(wanted)
+
+    async def plan_removals(
+        self, inventory: Inventory, need_bytes: int = 0, *, force: bool = False
+    ) -> Removals:
+        """What the budget asks to remove, for `need_bytes` more to fit in."""
+        from meshd.cache.budget import plan
+
+        usage = await self.usage()
+        sets = {self.holding(one): one for one in inventory.sets}
         wanted = plan(
-            holdings,
+            tuple(sets),
             inventory.leftovers,
             used_bytes=usage.used_bytes,
             budget_bytes=usage.budget_bytes,
-            need_bytes=missing,
+            need_bytes=need_bytes,
+            force=force,
         )
-        if wanted.still_over_bytes and missing:
-            raise NoSpace(
-                f"{format_size(missing)} are to be fetched, and the cache's budget "
-                f"(`cache.budget`, {format_size(usage.budget_bytes or 0)}) leaves "
-                f"{format_size(wanted.still_over_bytes)} too little: what is there is in use, "
-                "pinned, or the last copy in the mesh; `meshd cache prune --dry-run` says which"
-            )
-        for _, reason in wanted.remove:
-            log.info("making room: %s", reason)
-        await self.carry_out(wanted, dict(zip(map(id, holdings), others, strict=True)))
+        return Removals(wanted, sets)
 
-    async def carry_out(self, wanted: PrunePlan, sets: Mapping[int, StoredSet]) -> Removed:
-        """Remove what the plan says; `sets`: by the `id` of the holdings that went into it."""
+    async def carry_out(self, wanted: Removals) -> Removed:
         from meshd.cache.budget import Holding
         from meshd.cache.removal import Removed
 
         removed = Removed()
-        for item, _ in wanted.remove:
+        for item, _ in wanted.plan.remove:
             if isinstance(item, Holding):
-                order = sets[id(item)].removal()
+                order = wanted.sets[item].removal()
                 removed += await self.pool.run(self.remover.remove, order)
             else:
                 removed += await self.pool.run(self.remover.clear, item)
@@ -287,9 +317,3 @@ class CacheRoom:
 
 def _is_of(one: StoredSet, manifest: Manifest) -> bool:
     return (one.repo, one.digest) == (manifest.repo, manifest.digest)
-
-
-def _disk_bytes(hub: Path) -> int:
-    import shutil
-
-    return shutil.disk_usage(next(p for p in (hub, *hub.parents) if p.exists())).total

@@ -1,5 +1,5 @@
-"""The cache's life in a daemon: what was interrupted is finished, what lies here is shown and
-offered, what was verified is verified again now and then."""
+"""The cache's life in a daemon: what lies here is shown and offered, what was verified is verified
+again now and then."""
 
 from __future__ import annotations
 
@@ -35,14 +35,8 @@ class CacheService(Service):
     async def main(self) -> None:
         self.ready.set()
         try:
-            finished = await self._room.pool.run(self._room.remover.recover)
-            for order in finished:
-                log.info("the removal of %s, which was interrupted, is finished", order.repo)
             self.spawn(self._look(), name="look")
             self.spawn(self._scrub(), name="scrub")
-            await self.stopping.wait()
-        except OSError as error:
-            log.warning("the model cache cannot be written: %s", error)
             await self.stopping.wait()
         finally:
             self._room.close()
@@ -57,7 +51,7 @@ class CacheService(Service):
         while True:
             self._changed.clear()
             try:
-                shelf = self._room.shelf(await self._room.inventory())
+                shelf = await self._room.shelf()
             except (MeshdError, OSError) as error:
                 log.warning("the model cache cannot be looked through: %s", error)
             else:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from meshd.cache.hashes import ChunkHashes
-from meshd.cache.hashing import verify_files
 from meshd.cache.headers import Headers
 from meshd.cache.ledger import Ledger
 from meshd.cache.manifest import Manifest
@@ -37,9 +35,3 @@ class Store:
     def look(self, manifest: Manifest) -> SetVerdict:
         """The verdict on a set of the hub, by what can be seen at once."""
         return look_at(manifest, self.places, self.ledger, self.headers)
-
-    def hash_unverified(
-        self, verdict: SetVerdict, *, stop: Callable[[], bool], progress: Callable[[int], None]
-    ) -> None:
-        """Hash what was not; look again afterwards. Raises `hashes.Stopped`."""
-        verify_files(verdict.unverified, self.ledger, self.chunks, stop=stop, progress=progress)

@@ -6,7 +6,7 @@ import os
 import shutil
 import stat
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from meshd.config import hub_cache_dir
 from meshd.sizes import parse_size_or_share
@@ -17,19 +17,30 @@ MAX_ENTRIES: Final = 200_000
 PARTIAL_SUFFIX: Final = ".incomplete"
 
 
+class DiskUsage(NamedTuple):
+    total: int
+    free: int
+
+
 def read_usage(directory: Path | None = None, *, budget: str | None = None) -> CacheView:
     """Bytes in the hub's cache (files, not the links to them) and free on its disk.
 
     `budget`: `cache.budget` of the configuration; a share is one of the whole disk.
     """
     path = directory or hub_cache_dir()
-    disk = shutil.disk_usage(_existing(path))
+    disk = disk_of(path)
     return CacheView(
         path=str(path),
         used_bytes=_bytes_below(path),
         budget_bytes=None if budget is None else parse_size_or_share(budget, disk.total),
         free_bytes=disk.free,
     )
+
+
+def disk_of(path: Path) -> DiskUsage:
+    """Bytes of the disk that `path` lies on, or would."""
+    total, _, free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists()))
+    return DiskUsage(total, free)
 
 
 def disk_bytes(name: str, status: os.stat_result) -> int:
@@ -66,7 +77,3 @@ def _bytes_below(path: Path) -> int:
         except OSError:
             continue  # removed meanwhile, or not ours to read
     return total
-
-
-def _existing(path: Path) -> Path:
-    return next(p for p in (path, *path.parents) if p.exists())

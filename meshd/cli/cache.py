@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import orjson
 
-from meshd.cli.cache_access import CacheAccess, failed
+from meshd.cli.cache_access import CacheAccess
 from meshd.cli.options import absolute, console, data_dir_option, json_option, print_json
 from meshd.errors import MeshdError
 
@@ -169,6 +169,8 @@ def _follow(
         try:
             access.watch(command, print_line, **body)
         except MeshdError as error:
+            from meshd.cache.commands import failed  # late: only for this
+
             print_line(failed(error))
     if last["t"] not in RESULTS:
         raise MeshdError("the work ended without a result; `meshd logs` may say why")

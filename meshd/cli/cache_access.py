@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from meshd.cli.client import AdminClient
 from meshd.cli.options import load_config
-from meshd.errors import DaemonNotRunning, MeshdError
+from meshd.errors import DaemonNotRunning
 
 if TYPE_CHECKING:
     from meshd.cache.commands import CacheCommands, Event
@@ -78,14 +78,3 @@ def own_commands(config: Config) -> contextlib.AbstractAsyncContextManager[Cache
     from meshd.runtime.process import guarded
 
     return commands_here(config, guarded)
-
-
-def failed(error: MeshdError) -> Event:
-    """The event for an error that came instead of one."""
-    return {
-        "t": "failed",
-        "code": error.detail["code"] if error.detail and "code" in error.detail else error.code,
-        "message": error.message,
-        "permanent": not error.retryable,
-        "retry_after_s": error.retry_after_s,
-    }

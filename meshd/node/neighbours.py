@@ -56,17 +56,19 @@ class MeshNeighbours:
         return any(digest in peer.weights for peer in others) if others else None
 
 
-def serve_bulk(cache: CacheRoom, wanted: Open) -> dict[str, Any]:
-    """What another node gets of the weights here. Raises PeerRefused, NotInCache."""
-    if not cache.settings.from_peers:
-        raise PeerRefused("this node serves no weights (`cache.from_peers`)", reason="no_service")
-    if wanted.service == "shard" and wanted.sha256 is not None:
-        return cache.offering.grant(wanted.sha256).to_json()
-    if wanted.service == "manifest" and wanted.ref is not None:
-        return cache.offering.manifests(wanted.ref)
-    raise PeerRefused(f"there is no service `{wanted.service}` here", reason="no_service")
-
-
 def bulk_service(cache: CacheRoom) -> Callable[[NodeId, Open], dict[str, Any]]:
-    """For `session.Needs`: every member gets the same."""
-    return lambda _, wanted: serve_bulk(cache, wanted)
+    """For `session.Needs`: what other nodes get of the weights here; every member the same. It
+    raises PeerRefused, NotInCache."""
+
+    def serve(_: NodeId, wanted: Open) -> dict[str, Any]:
+        if not cache.settings.from_peers:
+            raise PeerRefused(
+                "this node serves no weights (`cache.from_peers`)", reason="no_service"
+            )
+        if wanted.service == "shard" and wanted.sha256 is not None:
+            return cache.offering.grant(wanted.sha256).to_json()
+        if wanted.service == "manifest" and wanted.ref is not None:
+            return cache.offering.manifests(wanted.ref)
+        raise PeerRefused(f"there is no service `{wanted.service}` here", reason="no_service")
+
+    return serve

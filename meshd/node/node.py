@@ -237,13 +237,15 @@ class Node:
         from meshd.node.neighbours import MeshNeighbours
         from meshd.runtime.process import guarded
 
-        return CacheRoom(
+        cache = CacheRoom(
             self.config,
             self._pool,
             guarded=guarded,
             neighbours=MeshNeighbours(self._board, lambda: self._mesh),
             in_use=lambda: self._models.weights_in_use() if self._models else frozenset(),
         )
+        cache.recover()
+        return cache
 
     def _make_mesh(self, api: ApiServer, identity: Identity) -> tuple[MeshService, Discovery]:
         from meshd.node.neighbours import CARRIER, bulk_service
@@ -305,7 +307,7 @@ class Node:
         """For `/metrics`, what is not the API's."""
         restarts = self._models.restarts if self._models is not None else 0
         yield "meshd_child_restarts_total", {"kind": "llama-server"}, restarts
-        verified = self._cache.preparer.verified_bytes if self._cache is not None else 0
+        verified = self._cache.verifier.verified_bytes if self._cache is not None else 0
         yield "meshd_cache_verified_bytes_total", {}, verified
         received, sent = self._mesh.gossip_bytes() if self._mesh is not None else (0, 0)
         yield "meshd_gossip_bytes_total", {"direction": "in"}, received

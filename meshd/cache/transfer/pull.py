@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from meshd.cache.transfer.job import POLL_S, Job
 from meshd.cache.transfer.pace import Backoff, Rate
 from meshd.cache.transfer.plan import HUB
 from meshd.cache.transfer.words import FetchOrder, News, OpenStream, PeerSource, Progress, Said
+from meshd.cache.usage import disk_of
 from meshd.errors import MeshdError, NoSpace
 from meshd.sizes import format_size
 
@@ -212,7 +212,7 @@ class Pull:
     def _check_space(self) -> None:
         """Raises NoSpace when what is missing does not fit beside the reserve."""
         hub = self._places.hub
-        free = shutil.disk_usage(next(p for p in (hub, *hub.parents) if p.exists())).free
+        free = disk_of(hub).free
         need = sum(self._missing_on_disk(shard) for shard in _distinct(self._manifest.files))
         left = free - self._order.reserve_bytes
         if need > max(left, 0):
