@@ -169,7 +169,7 @@ class Node:
 
     async def _start_models(self, stack: ServiceStack, api: ApiServer, *, hosts: bool) -> None:
         from meshd.runtime.host import ModelHost, Rooms
-        from meshd.runtime.hosting import WeightFacts
+        from meshd.runtime.hosting_events import WeightFacts
         from meshd.runtime.registry import Registry
 
         config, cache = self.config, self._cache
@@ -281,7 +281,7 @@ class Node:
     def _make_admin(self, api: ApiServer) -> AdminServer:
         from meshd.api.admin import AdminServer, LoadBody, UnloadBody
         from meshd.cache.commanding import CacheCommander
-        from meshd.runtime.hosting import LoadOptions
+        from meshd.runtime.hosting_events import LoadOptions
 
         models, cache = self._models, self._cache
         assert models is not None, "the admin side comes after the models"

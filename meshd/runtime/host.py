@@ -21,17 +21,16 @@ from meshd.errors import InvalidRequest, MeshdError, ModelNotFound
 from meshd.ids import InstanceId, ModelId
 from meshd.kernel import Board, Clock, Driver, FlightRecorder, Pool, Service
 from meshd.runtime.child_events import ChildState
-from meshd.runtime.hosting import (
+from meshd.runtime.hosting import Entry, Hosting
+from meshd.runtime.hosting_events import (
     AbandonWeights,
     AcceptLoad,
     Effect,
     EngineFound,
     EngineNotFound,
     EngineReported,
-    Entry,
     Event,
     FindEngine,
-    Hosting,
     LoadAsked,
     LoadOptions,
     PrepareWeights,

@@ -36,175 +36,32 @@ from typing import assert_never
 
 from meshd.ids import ModelId
 from meshd.kernel.machine import Tick
+from meshd.runtime.hosting_events import (
+    AbandonWeights,
+    AcceptLoad,
+    Effect,
+    EngineFound,
+    EngineNotFound,
+    EngineReported,
+    Event,
+    FindEngine,
+    LoadAsked,
+    LoadOptions,
+    PrepareWeights,
+    RefuseLoad,
+    StartEngine,
+    StopEngine,
+    UnloadAsked,
+    WeightFacts,
+    WeightsAccepted,
+    WeightsMoved,
+    WeightsRejected,
+)
 from meshd.view import ModelState, Preparing
 
 ENGINE_RECHECK_S = 15.0
 WEIGHTS_BACKOFF_S = (5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 300.0)
 """Waits after troubles that pass, one after the other; the last one goes on."""
-
-Ticket = int
-
-
-@dataclass(frozen=True, slots=True)
-class LoadOptions:
-    """What an operator may ask for; None leaves it to the configuration."""
-
-    context: int | None = None
-    """Tokens per slot."""
-    parallel: int | None = None
-    """Slots."""
-
-
-@dataclass(frozen=True, slots=True)
-class WeightFacts:
-    """What the cache proved about weights, as far as hosting needs it."""
-
-    first_shard: str
-    total_bytes: int
-    trained_context: int | None
-    capabilities: tuple[str, ...]
-    digest: str | None
-    created_at: int
-    mmproj: str | None = None
-    """Path of the projector for images or sound."""
-
-
-# -- events ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class LoadAsked:
-    ticket: Ticket
-    model: ModelId
-    ref: str
-    options: LoadOptions = LoadOptions()
-
-
-@dataclass(frozen=True, slots=True)
-class UnloadAsked:
-    model: ModelId
-    drain_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class WeightsMoved:
-    """The preparation goes on; never its end."""
-
-    model: ModelId
-    preparation: int
-    now: Preparing
-
-
-@dataclass(frozen=True, slots=True)
-class WeightsAccepted:
-    model: ModelId
-    preparation: int
-    facts: WeightFacts
-
-
-@dataclass(frozen=True, slots=True)
-class WeightsRejected:
-    model: ModelId
-    preparation: int
-    reason: str
-    passing: bool = False
-    """The trouble is expected to go by itself."""
-    retry_after_s: float | None = None
-    """When to try again; None: not by itself, or if it is passing, after the next back-off."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineFound:
-    """The binary to run is known; comes again when another one is chosen."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineNotFound:
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class EngineReported:
-    """The engine of `model` changed. `state` ABSENT means that it has stopped for good."""
-
-    model: ModelId
-    state: ModelState
-    reason: str | None = None
-
-
-Event = (
-    LoadAsked
-    | UnloadAsked
-    | WeightsMoved
-    | WeightsAccepted
-    | WeightsRejected
-    | EngineFound
-    | EngineNotFound
-    | EngineReported
-    | Tick
-)
-
-
-# -- effects --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class AcceptLoad:
-    ticket: Ticket
-
-
-@dataclass(frozen=True, slots=True)
-class RefuseLoad:
-    ticket: Ticket
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class PrepareWeights:
-    """Ends in WeightsAccepted or WeightsRejected of the same `preparation`, or is abandoned."""
-
-    model: ModelId
-    ref: str
-    preparation: int
-
-
-@dataclass(frozen=True, slots=True)
-class AbandonWeights:
-    """Nobody waits for that preparation any more; what it got so far may stay."""
-
-    model: ModelId
-    preparation: int
-
-
-@dataclass(frozen=True, slots=True)
-class FindEngine:
-    """Ends in EngineFound or EngineNotFound."""
-
-
-@dataclass(frozen=True, slots=True)
-class StartEngine:
-    model: ModelId
-    facts: WeightFacts
-    options: LoadOptions
-
-
-@dataclass(frozen=True, slots=True)
-class StopEngine:
-    """Ends in EngineReported(ABSENT)."""
-
-    model: ModelId
-    drain_s: float
-
-
-Effect = (
-    AcceptLoad
-    | RefuseLoad
-    | PrepareWeights
-    | AbandonWeights
-    | FindEngine
-    | StartEngine
-    | StopEngine
-)
 
 
 @dataclass(frozen=True, slots=True)

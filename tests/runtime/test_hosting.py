@@ -8,9 +8,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from meshd.ids import ModelId
 from meshd.kernel.machine import Tick
-from meshd.runtime.hosting import (
-    ENGINE_RECHECK_S,
-    WEIGHTS_BACKOFF_S,
+from meshd.runtime.hosting import ENGINE_RECHECK_S, WEIGHTS_BACKOFF_S, Hosting
+from meshd.runtime.hosting_events import (
     AbandonWeights,
     AcceptLoad,
     Effect,
@@ -18,7 +17,6 @@ from meshd.runtime.hosting import (
     EngineNotFound,
     EngineReported,
     FindEngine,
-    Hosting,
     LoadAsked,
     LoadOptions,
     PrepareWeights,
