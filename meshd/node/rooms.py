@@ -255,6 +255,9 @@ class Rooms:
         received, sent = self._mesh.gossip_bytes() if self._mesh is not None else (0, 0)
         yield "meshd_gossip_bytes_total", {"direction": "in"}, received
         yield "meshd_gossip_bytes_total", {"direction": "out"}, sent
+        received, sent = self._mesh.bulk_bytes() if self._mesh is not None else (0, 0)
+        yield "meshd_bulk_bytes_total", {"direction": "in"}, received
+        yield "meshd_bulk_bytes_total", {"direction": "out"}, sent
 
     async def connect_remote(
         self, target: Target, make_protocol: Callable[[], asyncio.Protocol]

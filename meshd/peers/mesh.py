@@ -25,6 +25,7 @@ from meshd.errors import (
 )
 from meshd.ids import MeshId, NodeId
 from meshd.kernel import Pool, Service
+from meshd.peers.bulk.handover import credentials_of
 from meshd.peers.bulk.words import Credentials
 from meshd.peers.joining.invite_book import InviteBook
 from meshd.peers.joining.invites import Invite, encode_invite
@@ -333,7 +334,7 @@ class MeshService(Service):
 
     def bulk_credentials(self) -> Credentials | None:
         """For a process that opens bulk streams; None while this node is in no mesh."""
-        return None if self._session is None else self._session.bulk_credentials()
+        return None if self._session is None else credentials_of(self._session.trust)
 
     def bulk_peers(self) -> tuple[KnownPeer, ...]:
         """The nodes that may be asked for weights."""

@@ -11,8 +11,9 @@ import logging
 import random
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Final, assert_never
 
 from meshd import __version__
@@ -20,8 +21,7 @@ from meshd.config import Config
 from meshd.errors import MeshdError, PeerRefused, PeerUnreachable
 from meshd.ids import BootId, InstanceId, NodeId
 from meshd.kernel import Board, Clock, Driver, FlightRecorder
-from meshd.peers.bulk.handover import Handover
-from meshd.peers.bulk.words import Credentials, der_to_wire
+from meshd.peers.bulk.handover import Handover, credentials_of
 from meshd.peers.joining.renewing import Renewing
 from meshd.peers.links.channel import FrameChannel
 from meshd.peers.links.codec import message_from_wire, message_to_wire
@@ -115,7 +115,7 @@ class Session:
             needs.carrier,
             authenticate=trust.authenticate,
             serve=self._serve_bulk,
-            credentials=self.bulk_credentials,
+            credentials=lambda: credentials_of(trust),
             limit=MAX_BULK_STREAMS,
             clock=needs.clock,
             spawn=needs.spawn,
@@ -225,32 +225,22 @@ class Session:
 
     def known_peers(self) -> tuple[KnownPeer, ...]:
         """The nodes that are alive, for a newcomer to begin with."""
-        return tuple(
-            KnownPeer(node_id=node, name=self._showing.name_of(node), addresses=m.addresses)
-            for node, m in self._swim.members.items()
-            if m.state is PeerState.ALIVE and m.addresses
-        )[:16]
-
-    def bulk_credentials(self) -> Credentials:
-        """What a process needs to open and serve bulk streams for this node."""
-        membership = self.trust.membership
-        return Credentials(
-            ca_der=der_to_wire(membership.ca_certificate),
-            certificate_path=str(membership.certificate_path),
-            key_path=str(self.trust.identity.key_path),
-            mesh_id=membership.mesh_id,
-        )
+        return tuple(islice(self._alive(), 16))
 
     def bulk_peers(self) -> tuple[KnownPeer, ...]:
         """The nodes that may be asked for weights: alive, no clients, not on the deny list."""
         return tuple(
-            KnownPeer(node_id=node, name=self._showing.name_of(node), addresses=m.addresses)
-            for node, m in self._swim.members.items()
-            if m.state is PeerState.ALIVE
-            and m.addresses
-            and node not in self.trust.denied
-            and not self._is_client(node)
+            peer
+            for peer in self._alive()
+            if peer.node_id not in self.trust.denied and not self._is_client(NodeId(peer.node_id))
         )
+
+    def _alive(self) -> Iterator[KnownPeer]:
+        """Others that can be dialled now."""
+        for node, member in self._swim.members.items():
+            if member.state is PeerState.ALIVE and member.addresses:
+                name = self._showing.name_of(node)
+                yield KnownPeer(node_id=node, name=name, addresses=member.addresses)
 
     def _is_client(self, node: NodeId) -> bool:
         advert = self.telling.book.get(node)

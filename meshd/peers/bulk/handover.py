@@ -20,12 +20,13 @@ from meshd.config import environment_of_children
 from meshd.errors import MeshdError, PeerRefused, ProtocolError
 from meshd.ids import NodeId
 from meshd.kernel import Clock
-from meshd.peers.bulk.words import NUMBER_BYTES, Credentials, der_from_wire
+from meshd.peers.bulk.words import NUMBER_BYTES, Credentials, der_from_wire, der_to_wire
 from meshd.peers.links.frames import FrameReader, frame, parse
 from meshd.peers.links.hello import refusal
 from meshd.peers.links.linking import Spawn
 from meshd.peers.links.streams import Open, parse_open
 from meshd.peers.trust.certificates import PeerCertificate
+from meshd.peers.trust.trust import Trust
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,17 @@ IDLE_S: Final = 300.0
 END_S: Final = 2.0
 """From SIGKILL to the end of the process."""
 QUESTION_LIMIT: Final = 64 * 1024
+
+
+def credentials_of(trust: Trust) -> Credentials:
+    """What a process needs to open and serve bulk streams for the node of that membership."""
+    membership = trust.membership
+    return Credentials(
+        ca_der=der_to_wire(membership.ca_certificate),
+        certificate_path=str(membership.certificate_path),
+        key_path=str(trust.identity.key_path),
+        mesh_id=membership.mesh_id,
+    )
 
 
 class Handover:

@@ -26,6 +26,7 @@ from meshd.ids import NodeId
 from meshd.kernel import Pool
 from meshd.peers.bulk import handover
 from meshd.peers.bulk.dialing import open_stream
+from meshd.peers.bulk.handover import credentials_of
 from meshd.peers.bulk.stream import BulkStream
 from meshd.peers.bulk.words import Credentials, der_from_wire
 from meshd.peers.links.frames import frame
@@ -56,7 +57,7 @@ class Dialler:
 
     @property
     def credentials(self) -> Credentials:
-        return self.station.session.bulk_credentials()
+        return credentials_of(self.station.session.trust)
 
     async def do(self, work: Callable[[], Any]) -> Any:
         async with asyncio.timeout(20):
