@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from meshd.cache.chunks import CHUNK_BYTES
+from meshd.cache.commanding import CacheCommander
 from meshd.errors import InvalidRequest, NotInCache, WeightsInUse
 from tests.cache.rooms import REPO, Moves, RoomMaker, by_kind, told
 from tests.cache.sets import write_set
@@ -112,8 +114,6 @@ async def test_verify_finds_what_the_ledger_does_not_know(
     content = bytearray(blob.read_bytes())
     content[150_000] ^= 1
     blob.write_bytes(content)
-    import os
-
     os.utime(blob, ns=(status.st_atime_ns, status.st_mtime_ns))  # as a disk that forgets would
     assert (await room.inventory()).sets[0].verdict.ok
     events = await told(commands.verify(None))
@@ -158,8 +158,6 @@ async def test_rm_takes_everything_but_what_is_in_use(rooms: RoomMaker) -> None:
     used: set[str] = set()
     room = rooms.make(in_use=lambda: frozenset(used))
     weights = await room.prepare(REF, Moves())
-    from meshd.cache.commanding import CacheCommander
-
     commands = CacheCommander(room)
     used.add(str(weights.first_shard))
     with pytest.raises(WeightsInUse, match="an engine runs on it"):
