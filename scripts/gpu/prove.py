@@ -198,7 +198,7 @@ def served(lab: Lab) -> None:
                 "messages": [{"role": "user", "content": "Say something long"}]}  # fmt: skip
         answer = daemon.request("POST", "/v1/chat/completions", body)
         timings = answer.get("timings", {})
-        log = "".join(p.read_text(errors="replace") for p in daemon.data_dir.glob("logs/*.log"))
+        log = "".join(p.read_text(errors="replace") for p in daemon.data_dir.glob("logs/**/*.log*"))
         offload = [line for line in log.splitlines() if "offloaded" in line]
         apps = subprocess.run(
             ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader"],
@@ -226,7 +226,7 @@ def refused(lab: Lab, what: str, *, word: str, **environ: str) -> None:
     lab.note(f"{what}: --require-gpu", code == 78, f"exit {code}: {lines[-1][-200:]}")
     with lab.daemon(**environ) as daemon:
         status = daemon.wait(
-            lambda s: bool(s["runtime"]) and bool(s["runtime"]["proof"]["problem"])
+            lambda s: bool(s["runtime"]) and word in (s["runtime"]["proof"]["problem"] or "")
         )
     runtime = status.get("runtime") or {}
     problem = (runtime.get("proof") or {}).get("problem") or ""
@@ -237,7 +237,7 @@ def refused(lab: Lab, what: str, *, word: str, **environ: str) -> None:
 
 
 def lies(lab: Lab, cuda: dict[str, Any]) -> None:
-    refused(lab, "no device visible", word="", CUDA_VISIBLE_DEVICES="")
+    refused(lab, "no device visible", word="lists no such device", CUDA_VISIBLE_DEVICES="")
     cpu = lab.build("cpu")
     lab.meshd("runtime", "use", cpu["id"])
     doctor(lab, "CPU engine beside a GPU", failing="backend")
