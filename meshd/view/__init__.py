@@ -1,5 +1,6 @@
 """What the rooms tell each other: immutable snapshots, and how those of many nodes are joined."""
 
+from meshd.view.placement import Bid, Cause, Claim, ClaimState, Deployment, Suits
 from meshd.view.snapshots import (
     BinaryView,
     CacheView,
@@ -28,8 +29,13 @@ from meshd.view.snapshots import (
 from meshd.view.united import exact_name, union, with_local, with_peers
 
 __all__ = [
+    "Bid",
     "BinaryView",
     "CacheView",
+    "Cause",
+    "Claim",
+    "ClaimState",
+    "Deployment",
     "DeviceView",
     "FetchView",
     "HostView",
@@ -48,6 +54,7 @@ __all__ = [
     "ProofView",
     "Role",
     "RuntimeView",
+    "Suits",
     "Target",
     "View",
     "WeightsView",
