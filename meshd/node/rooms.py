@@ -75,6 +75,7 @@ class Rooms:
         self._drivers = Pool("drivers", workers=2)
         self._cache: CacheRoom | None = None
         self._models: ModelHost | None = None
+        self._prover: Prover | None = None
         self._mesh: MeshService | None = None
 
     async def start(self, stack: ServiceStack, api: ApiServer, controls: MeshControls) -> None:
@@ -104,7 +105,9 @@ class Rooms:
         await stack.start(self._make_admin(api, controls))
         await stack.start(mesh)
         await stack.start(discovery)
-        await stack.start(Survey(self._config, self._board, self._pool))
+        assert self._prover is not None, "made with the models"
+        listing = self._prover.listing
+        await stack.start(Survey(self._config, self._board, self._pool, listing))
 
     async def _import(self, modules: tuple[str, ...]) -> None:
         # In a thread, so that the API answers while all this is read from disk and compiled.
@@ -131,7 +134,7 @@ class Rooms:
                 mmproj=None if weights.mmproj is None else str(weights.mmproj),
             )
 
-        prover = self._make_prover(registry)
+        prover = self._prover = self._make_prover(registry)
         models = self._models = host.ModelHost(
             config,
             self._board,

@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from meshd.config import Config
 from meshd.errors import MeshdError
 from meshd.kernel import Board, Pool, Service
 from meshd.view import View
+
+if TYPE_CHECKING:
+    from meshd.runtime.devices import EngineList
 
 log = logging.getLogger(__name__)
 
@@ -22,15 +28,23 @@ SURVEY_INTERVAL_S = 30.0
 class Survey(Service):
     name = "survey"
 
-    def __init__(self, config: Config, board: Board[View], pool: Pool) -> None:
+    def __init__(
+        self,
+        config: Config,
+        board: Board[View],
+        pool: Pool,
+        listing: Callable[[], EngineList | None],
+    ) -> None:
+        """`listing`: what the engine's own binary lists, if that is known."""
         super().__init__()
         self._config = config
         self._board = board
         self._pool = pool
+        self._listing = listing
 
     async def main(self) -> None:
         from meshd.cache.usage import read_usage
-        from meshd.runtime.devices import changes, take_reading, told
+        from meshd.runtime.devices import agree, changes, take_reading, told
 
         last = None
         self.ready.set()
@@ -41,8 +55,9 @@ class Survey(Service):
             except MeshdError as error:
                 log.warning("%s", error.message)
             else:
-                view = self._board.current
-                self._board.publish(replace(view, devices=reading.devices, cache=cache))
+                view, listing = self._board.current, self._listing()
+                shown = reading if listing is None else agree(reading, listing, os.environ)
+                self._board.publish(replace(view, devices=shown.devices, cache=cache))
                 for change in changes(last or reading, reading):
                     log.warning("%s", told(change))
                 last = reading

@@ -23,7 +23,7 @@ ANSWER_LIMIT_S = 20.0
 """Listing devices initialises drivers, which takes seconds on some machines."""
 NEEDED_FLAGS = (
     *("--model", "--alias", "--host", "--ctx-size", "--parallel", "--n-gpu-layers", "--threads"),
-    *("--cache-type-k", "--cache-type-v", "--no-webui", "--slots", "--offline"),
+    *("--cache-type-k", "--cache-type-v", "--no-webui", "--slots", "--offline", "--mmproj"),
 )
 """All that `launch.server_argv` may say. Features are probed, never assumed: an engine without one
 of these is too old."""
@@ -89,7 +89,11 @@ def ask_version(server: Path, limit_s: float = ANSWER_LIMIT_S) -> str:
 def ask_devices(server: Path, limit_s: float = ANSWER_LIMIT_S) -> tuple[str, ...]:
     """What `--list-devices` says, as in `CUDA0: NVIDIA H200 (143771 MiB, 143000 MiB free)`.
     Blocking; initialises drivers. Raises EngineRejected."""
-    listing = ask_listing(server, limit_s)
+    return listed_in(ask_listing(server, limit_s))
+
+
+def listed_in(listing: str) -> tuple[str, ...]:
+    """The lines of devices in what `ask_listing` returned."""
     return tuple(f"{m['name']}: {m['what'].strip()}" for m in _DEVICE.finditer(listing))
 
 

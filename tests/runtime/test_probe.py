@@ -95,6 +95,7 @@ def test_backend_of_takes_lines_as_they_come() -> None:
 def test_every_flag_of_a_command_line_is_probed_for() -> None:
     spec = LaunchSpec(
         *(ModelId("m"), "/m.gguf", 512, 2),
+        mmproj="/p.gguf",
         gpu_layers=1,
         kv_type="f16",
         threads=2,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from meshd.errors import EngineRejected
-from meshd.runtime.probe import ask_devices
+from meshd.runtime.devices import Reading, agree, parse_list, take_reading
+from meshd.runtime.probe import ask_listing, listed_in
 from meshd.runtime.proof.evidence import BackendEvidence, BinaryEvidence
 from meshd.view import DeviceView
 
@@ -14,13 +16,27 @@ ReadDevices = Callable[[], tuple[DeviceView, ...]]
 
 
 def read_backend(
-    server: Path, binary: BinaryEvidence, read_devices: ReadDevices
+    server: Path,
+    binary: BinaryEvidence,
+    read_devices: ReadDevices,
+    read_all: Callable[[], Reading] = take_reading,
 ) -> BackendEvidence:
-    """Blocking, a second or two where a driver has to wake up; nothing is raised."""
+    """Blocking, a second or two where a driver has to wake up; nothing is raised.
+
+    `read_all` is asked where no driver lists a device for CUDA: on a Jetson it cannot, and the
+    engine's word is all there is.
+    """
     architectures = dict(binary.cmake_cache or ()).get("CMAKE_CUDA_ARCHITECTURES")
     devices = read_devices()
     try:
-        listed, problem = ask_devices(server), None
+        said = ask_listing(server)
     except EngineRejected as error:
-        listed, problem = None, error.message
-    return BackendEvidence(listed, devices, architectures or None, problem)
+        return BackendEvidence(None, devices, architectures or None, error.message)
+    blind = None
+    if not any(device.backend == "cuda" for device in devices):
+        reading = read_all()
+        driver = reading.driver_of("cuda")
+        if driver is not None and driver.blind:
+            blind = driver.problem
+            devices = agree(reading, parse_list(said, "cuda"), os.environ).devices
+    return BackendEvidence(listed_in(said), devices, architectures or None, blind=blind)

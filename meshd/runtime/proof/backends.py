@@ -48,3 +48,9 @@ def meant_for(recorded: str, binary: BinaryEvidence) -> str:
 def linked_as(backend: str) -> str:
     """What the library of a backend is called: `libggml-hip.so` is ROCm's."""
     return _LINKED_AS.get(backend, backend)
+
+
+def named_alike(driver: str, line: str) -> bool:
+    """Whether a device of the driver's is the one an engine's line is about. NVML calls a Jetson's
+    GPU `Orin (nvgpu)`, CUDA calls it `Orin`."""
+    return driver.partition(" (")[0] in line

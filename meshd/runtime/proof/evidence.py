@@ -64,6 +64,9 @@ class BackendEvidence:
     architectures: str | None = None
     """`CMAKE_CUDA_ARCHITECTURES` of the build; None if that is unknown."""
     problem: str | None = None
+    blind: str | None = None
+    """Why the driver of this kind of machine can tell nothing although its GPU works (Jetson):
+    `devices` are then the engine's own word. None: it can."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from meshd.runtime.proof.architectures import runs_on
-from meshd.runtime.proof.backends import CPU, SWITCHES, WITNESSED, devices_of, linked_as
+from meshd.runtime.proof.backends import (
+    CPU,
+    SWITCHES,
+    WITNESSED,
+    devices_of,
+    linked_as,
+    named_alike,
+)
 from meshd.runtime.proof.evidence import (
     BackendEvidence,
     BinaryEvidence,
@@ -187,7 +194,9 @@ def _backend(seen: BackendEvidence, built_for: str) -> tuple[list[str], list[str
         lines.append("it is built for the CPU" + (f" and does not use {unused}" if unused else ""))
         return lines, [seen.problem, None if seen.listed is not None else "it lists nothing"]
     known = [d for d in seen.devices if d.backend == built_for]
-    lines += [f"driver: {_words(device)}" for device in known]
+    if seen.blind is not None:
+        lines.append(f"no second witness: {seen.blind}")
+    lines += [f"{'engine' if seen.blind else 'driver'}: {_words(device)}" for device in known]
     if seen.architectures is not None:
         lines.append(f"built for architectures {seen.architectures}")
     names = devices_of(built_for, seen.listed or ())
@@ -232,7 +241,7 @@ def _agree(
         if line.partition(":")[0].strip() in names
     ]
     for name, description in zip(names, descriptions, strict=False):
-        if built_for in WITNESSED and not any(d.name in description for d in known):
+        if built_for in WITNESSED and not any(named_alike(d.name, description) for d in known):
             return f"the engine calls {name} {description!r}, the driver knows no such device"
     return None
 
@@ -244,9 +253,11 @@ def _fits(
     # Adopted without a cache: the model that runs on the device is the proof.
     if built_for not in WITNESSED or not names or seen.architectures is None:
         return None
-    listed = [device for device in known if any(device.name in line for line in seen.listed or ())]
+    listed = [d for d in known if any(named_alike(d.name, line) for line in seen.listed or ())]
     for device in listed:
         capability = device.compute_capability
+        if capability is None and seen.blind is not None:
+            continue  # nobody tells; the model that runs on it is the proof
         if capability is None:
             return f"{device.name}: the driver does not tell its compute capability"
         if not runs_on(capability, seen.architectures):
@@ -289,7 +300,7 @@ def _runtime(seen: RuntimeEvidence, evidence: Evidence) -> tuple[list[str], list
         _device(seen, evidence.backend, built_for),
         _offloaded(seen),
         answered,
-        _witness(seen, built_for),
+        _witness(seen, built_for, evidence.backend),
     ]
 
 
@@ -320,8 +331,9 @@ def _lies_on(device: str, buffer: str) -> bool:
     return buffer == device or buffer.startswith(f"{device}_")
 
 
-def _witness(seen: RuntimeEvidence, built_for: str) -> str | None:
-    if seen.driver_sees or (seen.driver_sees is None and built_for not in WITNESSED):
+def _witness(seen: RuntimeEvidence, built_for: str, backend: BackendEvidence | None) -> str | None:
+    able = built_for in WITNESSED and (backend is None or backend.blind is None)
+    if seen.driver_sees or (seen.driver_sees is None and not able):
         return None
     return f"the driver counts no process of ours (pid {seen.pid}) on {seen.device}" + (
         f": {seen.driver_said}" if seen.driver_said else ""

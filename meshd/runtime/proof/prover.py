@@ -22,6 +22,7 @@ from meshd.config import Config
 from meshd.errors import GpuRequired, MeshdError
 from meshd.ids import ModelId
 from meshd.kernel import Board, Clock, Pool, Service
+from meshd.runtime.devices import EngineList, parse_list
 from meshd.runtime.proof.backends import CPU, WITNESSED, devices_of, meant_for
 from meshd.runtime.proof.evidence import BackendEvidence, Evidence, RuntimeEvidence
 from meshd.runtime.proof.judge import Verdict, judge
@@ -101,6 +102,15 @@ class Prover(Service):
         self._record = record
         self._wake.set()
         return self._shown(record)
+
+    def listing(self) -> EngineList | None:
+        """What the engine listed when it was last proved; None if that is not known."""
+        evidence = self._evidence
+        backend = None if evidence is None else evidence.backend
+        if evidence is None or backend is None or backend.listed is None:
+            return None
+        text = "".join(f"  {line}\n" for line in backend.listed)
+        return parse_list(text, evidence.built_for)
 
     def _no_answer(self, problem: str) -> None:
         """What cannot be looked at is not proved any more."""
@@ -257,7 +267,7 @@ class Prover(Service):
             device=device,
             run_dir=self._config.run_dir,
             limit_s=FIRST_LIMIT_S if first else LIMIT_S,
-            witnessed=built_for in WITNESSED,
+            witnessed=built_for in WITNESSED and backend.blind is None,
         )
         seen = await self._looks.run(trial)
         if seen.problem is None or self._ran is None:

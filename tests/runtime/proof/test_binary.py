@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from meshd.runtime.devices import Driver, Reading
 from meshd.runtime.probe import probe
 from meshd.runtime.proof import binary
 from meshd.runtime.proof.backend import read_backend
@@ -178,6 +179,23 @@ def test_a_device_list_that_has_become_empty(engine: Path) -> None:
     seen = read_backend(engine / "llama-server", files, lambda: devices)
     assert seen.listed is None
     assert "Permission denied" in str(seen.problem)
+
+
+def test_a_jetson_is_asked_through_its_engine(engine: Path) -> None:
+    listed = "CUDA0: Orin (62841 MiB, 58000 MiB free)"
+    (engine / "list-devices.txt").write_text(
+        f"  Device 0: Orin, compute capability 8.7, VMM: yes\nAvailable devices:\n  {listed}\n"
+    )
+    driver = Driver("NVIDIA", None, "the driver of this Jetson cannot list its GPU", blind=True)
+    reading = Reading((), pieces.CPU_DEVICE, (driver,))
+    files = read_binary(built(engine))
+    seen = read_backend(
+        engine / "llama-server", files, lambda: (pieces.CPU_DEVICE,), lambda: reading
+    )
+    assert (seen.listed, seen.blind) == ((listed,), driver.problem)
+    (device, cpu) = seen.devices
+    assert (device.name, device.compute_capability, device.unified) == ("Orin", "8.7", True)
+    assert cpu == pieces.CPU_DEVICE
 
 
 @pytest.mark.engine

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from meshd.runtime.proof.architectures import runs_on
 from meshd.runtime.proof.backends import devices_of, meant_for
-from meshd.runtime.proof.evidence import Evidence, FileSeen
+from meshd.runtime.proof.evidence import BackendEvidence, Evidence, FileSeen
 from meshd.runtime.proof.judge import judge
-from meshd.view import Layer
+from meshd.view import DeviceView, Layer
 from tests.runtime.proof.pieces import (
     AT,
     CPU_DEVICE,
@@ -173,6 +173,32 @@ def test_a_backend_whose_driver_tells_nothing_needs_no_word_of_it() -> None:
     assert judge(Evidence("vulkan", AT, files, listed, ran)).backend == "vulkan"
     denied = replace(ran, driver_sees=False)
     assert judge(Evidence("vulkan", AT, files, listed, denied)).backend == "cpu"
+
+
+def test_a_jetson_whose_driver_can_tell_nothing() -> None:
+    """The engine's word and the buffers have to do, and the proof says that there is no other."""
+    listed = ("CUDA0: Orin (62841 MiB, 58000 MiB free)",)
+    device = DeviceView("Orin", "cuda", None, 61 << 30, 50 << 30, True, None, engine_name="CUDA0")
+    seen = BackendEvidence(listed, (device, CPU_DEVICE), "87", blind="this Jetson's cannot")
+    ran = replace(running(), driver_sees=None, driver_said="")
+    verdict = judge(Evidence("cuda", AT, binary(), seen, ran))
+    assert (verdict.backend, verdict.proof.passed) == ("cuda", True)
+    assert "no second witness: this Jetson's cannot" in verdict.proof.evidence
+    able = replace(seen, blind=None)
+    problem = judge(Evidence("cuda", AT, binary(), able, ran)).proof.problem
+    assert problem is not None
+    assert "compute capability" in problem
+    on_cpu = replace(ran, buffers=(("CPU_Mapped", 4.8),))
+    verdict = judge(Evidence("cuda", AT, binary(), seen, on_cpu))
+    assert (verdict.backend, verdict.proof.passed) == ("cpu", False)
+
+
+def test_a_jetson_whose_driver_adds_to_the_name() -> None:
+    device = replace(gpu("8.7"), name="Orin (nvgpu)", unified=True)
+    listed = ("CUDA0: Orin (62841 MiB, 58000 MiB free)",)
+    seen = BackendEvidence(listed, (device, CPU_DEVICE), "87")
+    verdict = judge(Evidence("cuda", AT, binary(), seen, running()))
+    assert verdict.proof.passed, verdict.proof.problem
 
 
 def test_a_device_the_engine_is_kept_from_does_not_matter() -> None:
