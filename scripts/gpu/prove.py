@@ -86,7 +86,8 @@ class Lab:
         data = WORK / "data"
         shutil.rmtree(data, ignore_errors=True)
         words = ["run", "--data-dir", str(data), "--listen", f"127.0.0.1:{API_PORT}"]
-        words += ["--peer-listen", "127.0.0.1:0", "--no-mdns", *flags]
+        words += ["--peer-listen", "127.0.0.1:0", "--no-mdns", "--config", str(self.talkative())]
+        words += flags
         with (WORK / "daemon.log").open("w") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "meshd", *words],
@@ -98,6 +99,12 @@ class Lab:
         finally:
             process.terminate()
             process.wait(60)
+
+    def talkative(self) -> Path:
+        """A configuration whose engines tell where their layers went."""
+        path = WORK / "config.toml"
+        path.write_text('[engine]\nextra_args = ["--verbosity", "4"]\n')
+        return path
 
     def table(self) -> str:
         width = max(len(f.what) for f in self.findings)
@@ -206,7 +213,8 @@ def served(lab: Lab) -> None:
         ).stdout.strip().replace("\n", "; ")  # fmt: skip
         lab.note(
             f"{lab.model.stat().st_size / 1e9:.1f} GB served from the GPU",
-            bool(timings.get("predicted_per_second")) and f"{LAYERS + 1}/{LAYERS + 1}" in log,
+            bool(timings.get("predicted_per_second"))
+            and any(f"{LAYERS + 1}/{LAYERS + 1}" in line for line in offload),
             f"{timings.get('predicted_per_second', 0):.0f} tok/s, "
             f"prompt {timings.get('prompt_per_second', 0):.0f} tok/s, "
             f"{offload[-1].split(':')[-1].strip() if offload else 'no offload line'}, "
