@@ -9,10 +9,10 @@ PYTHON ?= $(shell scripts/find-python.sh)
 ARGS ?=
 PYTEST ?= $(BIN)/python -m pytest
 
-.PHONY: help run test check unit bench service-test soak venv engine system lock format clean
+.PHONY: help run test check unit bench service-test arm64-test soak venv engine wheel system lock format clean
 
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: engine ## set everything up and start a node with the built-in model (ARGS="…" adds flags)
 	exec $(BIN)/meshd run --model builtin $(ARGS)
@@ -44,6 +44,9 @@ service-test: venv engine ## the tests under a real systemd (root; Debian in a c
 	scripts/system-packages.sh service
 	SERVICE_TEST=1 $(PYTEST) tests/service $(ARGS)
 
+arm64-test: venv ## the image's steps and a node on an emulated aarch64 (root; Debian; half an hour)
+	ARM64_TEST=1 $(PYTEST) tests/arm64 -s $(ARGS)
+
 soak: venv engine ## the long runs
 	MESHD_SOAK=1 HYPOTHESIS_PROFILE=soak $(PYTEST) -m "engine or slow" $(ARGS)
 
@@ -58,6 +61,10 @@ $(VENV)/.stamp: pyproject.toml requirements.lock
 
 engine: venv ## a proved CPU engine, built once and then found again
 	$(BIN)/meshd runtime build --backend cpu --if-missing
+
+wheel: ## dist/meshd-VERSION-py3-none-any.whl
+	@test -x $(BIN)/python || $(MAKE) --no-print-directory venv
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 system: ## what the tests need from the system: installed when root, named otherwise
 	scripts/system-packages.sh

@@ -1,0 +1,1 @@
+"""meshd on an emulated aarch64: `make arm64-test`."""
