@@ -29,15 +29,16 @@ say 'stage meshd' "$(/opt/meshd/venv/bin/meshd version | head -n 1)"
 # is no GPU.
 $image/user.sh 9337
 cp $image/entrypoint.sh /opt/meshd/
-export PATH=/opt/meshd/venv/bin:$PATH PYTHONUNBUFFERED=1 MESHD_DATA_DIR=/var/lib/meshd
+export PATH=/opt/meshd/venv/bin:$PATH PYTHONUNBUFFERED=1 TINI_SUBREAPER=1
+export HOME=/var/lib/meshd MESHD_DATA_DIR=/var/lib/meshd
 export XDG_CACHE_HOME=/var/cache/meshd HF_HOME=/var/cache/meshd/huggingface
 export MESHD_REQUIRE_GPU=false MESHD_RUNTIME_DIR=/engine MESHD_MDNS=false
 cd /var/lib/meshd
-as_meshd() { setpriv --reuid 9337 --regid 9337 --clear-groups -- "$@"; }
+as_meshd=(setpriv --reuid 9337 --regid 9337 --clear-groups --)
 say 'last stage' "user $(id -u meshd)"
 
 # 4. A node as the image starts it.
-as_meshd tini -- /opt/meshd/entrypoint.sh run --model builtin >/tmp/node.log 2>&1 &
+"${as_meshd[@]}" tini -- /opt/meshd/entrypoint.sh run --model builtin >/tmp/node.log 2>&1 &
 node=$!
 until_true() { # SECONDS COMMAND…
   local limit=$1 began=$SECONDS
@@ -51,7 +52,7 @@ until_true() { # SECONDS COMMAND…
 until_true 180 curl --silent --fail http://127.0.0.1:9337/livez
 say 'meshd run listens' "$(uname -m)"
 [ -e "/var/cache/meshd/meshd/runtimes/$built/record.json" ] || fail "the engine is not shown"
-as_meshd meshd status --json >/tmp/status.json || fail "the health check fails"
+until_true 60 "${as_meshd[@]}" meshd status --json
 say 'health check' 'meshd status: 0'
 until_true 300 curl --silent --fail http://127.0.0.1:9337/readyz
 body='{"model":"builtin","max_tokens":16,"messages":[{"role":"user","content":"Hello"}]}'
@@ -67,7 +68,7 @@ print(answer["usage"]["completion_tokens"])
 say 'chat with builtin' "$tokens tokens"
 
 # 5. doctor sees this machine; what it may complain of here is the emulation and nothing else.
-as_meshd meshd doctor --json >/tmp/doctor.json || true
+"${as_meshd[@]}" meshd doctor --json >/tmp/doctor.json || true
 say 'meshd doctor' "$(python3 -c '
 import json
 from collections import Counter
