@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import re
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,7 @@ from meshd.runtime.orphans import write_pid_file
 from meshd.runtime.process import ChildProcess
 from meshd.runtime.proof.evidence import RuntimeEvidence
 from meshd.runtime.proof.witness import Usage, pids_are_ours, read_usage, sees
+from meshd.runtime.reported import VERBOSITY, MemoryHeard
 
 LIMIT_S = 45.0
 """From the start of the process to the last token; a regression must be known within a minute."""
@@ -34,12 +34,7 @@ LOOK_EVERY_S = 0.1
 END_LIMIT_S = 5.0
 CONTEXT, TOKENS = 512, 32
 ALL_LAYERS = 999
-VERBOSITY = 4
-"""What of llama.cpp tells of layers and buffers is on no lower level since 0.5."""
 KEPT_LINES = 4
-
-_OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
-_BUFFER = re.compile(r"load_tensors:\s+(\S+) model buffer size =\s+([\d.]+) MiB")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,20 +55,14 @@ class Trial:
 class _Heard:
     """What the engine said while it started."""
 
-    offloaded: tuple[int, int] | None = None
-    buffers: list[tuple[str, float]] = field(default_factory=list)
+    memory: MemoryHeard = field(default_factory=MemoryHeard)
     last: list[str] = field(default_factory=list)
     no_memory: bool = False
     exited: asyncio.Event = field(default_factory=asyncio.Event)
     status: int | None = None
 
     def line(self, line: str) -> None:
-        if match := _OFFLOADED.search(line):
-            self.offloaded = (int(match[1]), int(match[2]))
-        elif match := _BUFFER.search(line):
-            # Once while the engine measures, once for good: the last word on a buffer counts.
-            self.buffers = [b for b in self.buffers if b[0] != match[1]]
-            self.buffers.append((match[1], float(match[2])))
+        self.memory.line(line)
         fault = classify(line)
         self.no_memory |= fault is not None and fault.out_of_memory
         self.last = [*self.last[-KEPT_LINES + 1 :], line]
@@ -157,8 +146,8 @@ async def _watch(
     return RuntimeEvidence(
         device=trial.device,
         executed=program,
-        offloaded=heard.offloaded,
-        buffers=tuple(heard.buffers),
+        offloaded=heard.memory.offloaded,
+        buffers=heard.memory.model_buffers,
         pid=process.pid,
         generated=isinstance(speed, float),
         tokens_per_s=speed if isinstance(speed, float) else None,

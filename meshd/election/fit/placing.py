@@ -1,0 +1,199 @@
+"""Whether a model fits on a node, and what would lie where. Pure; sizes are bytes.
+
+Rules, numbered as in the code:
+
+1. Without accelerators everything lies in main memory.
+2. Else the fewest accelerators are taken that hold all layers, the roomiest first: each one more
+   costs a buffer for computing and a hop for every token. A device holds a row of layers; those
+   that share have their shares in proportion to their room.
+3. With `spill`, if all together do not hold them, the first layers stay in main memory and every
+   accelerator is filled; the engine computes those layers on the CPU.
+4. The embedding and the logits lie in main memory; the projector on the first device; the output
+   layer on the last one, where it needs a copy of the embedding if it is the same weights.
+5. Each device that holds layers has a buffer for computing. Main memory beside accelerators has one
+   as well, no larger.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from meshd.election.fit.budget import Budget
+from meshd.election.fit.estimate import Estimate
+from meshd.sizes import format_size
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    fits: bool
+    words: str
+    """Why, with figures; of both answers."""
+    memory: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    """What is to be leased, by device; empty if it does not fit."""
+    layers: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    """Repeating layers each accelerator holds, in the order of devices: the engine's
+    `--tensor-split`, and their sum its `--n-gpu-layers` but for the output layer."""
+    headroom: int = 0
+    """What would still be free of the devices it lies on."""
+    missing: int = 0
+    """Bytes that lack, at least; 0 if it fits."""
+
+
+def fit(
+    estimate: Estimate,
+    budgets: Sequence[Budget],
+    free: Mapping[str, int] | None = None,
+    *,
+    spill: bool = False,
+) -> Fit:
+    """Whether `estimate` fits into what is free of `budgets`.
+
+    `free`: what no lease has, by device; None if there are no leases. `spill`: layers may stay in
+    main memory beside accelerators. A node without a memory fits nothing.
+    """
+    room = {b.device: b.usable if free is None else free.get(b.device, 0) for b in budgets}
+    accelerators = [budget.device for budget in budgets if budget.accelerator]
+    host = next((budget.device for budget in budgets if budget.host), None)
+    if not accelerators:  # 1
+        if host is None:
+            return Fit(False, "no memory of this node is known", missing=estimate.total)
+        return _judged(estimate, {host: estimate.total}, {}, room)
+    roomiest = sorted(accelerators, key=lambda name: -room[name])
+    for count in range(1, len(roomiest) + 1):  # 2
+        chosen = [name for name in accelerators if name in roomiest[:count]]
+        rows = _shared_out(estimate, chosen, room)
+        if rows is not None:
+            found = _judged(estimate, *_laid(estimate, rows, host), room)
+            if found.fits:
+                return found
+    if spill and host is not None and host not in accelerators:  # 3
+        rows = _filled(estimate, accelerators, room)
+        return _judged(estimate, *_laid(estimate, rows, host), room)
+    whole = sum(room[name] for name in accelerators)
+    needed = sum(_laid(estimate, _one_row(estimate, roomiest[0]), host)[0].values())
+    return _refused(estimate, needed, whole, accelerators)
+
+
+Rows = Mapping[str, range]
+"""Layers by accelerator, in order; those that are in none stay in main memory."""
+
+
+def _one_row(estimate: Estimate, device: str) -> Rows:
+    return {device: range(len(estimate.layers))}
+
+
+def _shared_out(estimate: Estimate, devices: Sequence[str], room: Mapping[str, int]) -> Rows | None:
+    """All layers in proportion to the room for them; None if there is too little."""
+    rooms = [_for_layers(estimate, devices, n, room) for n in range(len(devices))]
+    whole = sum(layer.total for layer in estimate.layers)
+    if min(rooms) < 0 or whole > sum(rooms):
+        return None
+    rows: dict[str, range] = {}
+    start, laid, target = 0, 0, 0.0
+    for device, space in zip(devices, rooms, strict=True):
+        target += whole * space / max(1, sum(rooms))
+        end = start
+        while end < len(estimate.layers) and laid + estimate.layers[end].total / 2 <= target:
+            laid += estimate.layers[end].total
+            end += 1
+        rows[device] = range(start, end)
+        start = end
+    last = devices[-1]
+    rows[last] = range(rows[last].start, len(estimate.layers))
+    return rows
+
+
+def _filled(estimate: Estimate, devices: Sequence[str], room: Mapping[str, int]) -> Rows:
+    """As many layers as there is room for, the last ones, the last device first."""
+    rows: dict[str, range] = {}
+    end = len(estimate.layers)
+    for number in reversed(range(len(devices))):
+        space = _for_layers(estimate, devices, number, room)
+        start = end
+        while start > 0 and estimate.layers[start - 1].total <= space:
+            space -= estimate.layers[start - 1].total
+            start -= 1
+        rows[devices[number]] = range(start, end)
+        end = start
+    return dict(reversed(rows.items()))
+
+
+def _for_layers(
+    estimate: Estimate, devices: Sequence[str], number: int, room: Mapping[str, int]
+) -> int:
+    """What is left for layers on one of `devices`; below zero if less than nothing (4, 5)."""
+    space = room[devices[number]] - estimate.compute
+    if number == 0:
+        space -= estimate.projector
+    if number == len(devices) - 1:
+        space -= estimate.output + estimate.output_copy
+    return space
+
+
+def _laid(
+    estimate: Estimate, rows: Rows, host: str | None
+) -> tuple[dict[str, int], dict[str, int]]:
+    """(bytes by device, layers by accelerator) of these rows (4, 5)."""
+    memory: Counter[str] = Counter()
+    used = [device for device, row in rows.items() if row]
+    for device in used:
+        memory[device] += estimate.compute + sum(estimate.layers[n].total for n in rows[device])
+    if used:
+        memory[used[0]] += estimate.projector
+        memory[used[-1]] += estimate.output + estimate.output_copy
+    if host is not None:
+        kept = len(estimate.layers) - sum(len(row) for row in rows.values())
+        memory[host] += estimate.embedding + estimate.logits
+        memory[host] += sum(layer.total for layer in estimate.layers[:kept])
+        if host not in used:
+            memory[host] += estimate.compute
+        if not used:
+            memory[host] += estimate.output + estimate.projector
+    return dict(memory), {device: len(row) for device, row in rows.items() if row}
+
+
+def _judged(
+    estimate: Estimate,
+    memory: Mapping[str, int],
+    layers: Mapping[str, int],
+    room: Mapping[str, int],
+) -> Fit:
+    short = {device: need - room[device] for device, need in memory.items() if need > room[device]}
+    if short:
+        needed, whole = sum(memory.values()), sum(room[device] for device in memory)
+        return _refused(estimate, needed, whole, tuple(short), sum(short.values()))
+    places = ", ".join(
+        f"{format_size(n)} of {format_size(room[d])} on {d}" for d, n in memory.items()
+    )
+    kept = len(estimate.layers) - sum(layers.values())
+    beside = f"; {kept} of {len(estimate.layers)} layers on the CPU" if layers and kept else ""
+    return Fit(
+        True,
+        f"takes {places}{beside} ({_parts(estimate)})",
+        MappingProxyType(dict(memory)),
+        MappingProxyType(dict(layers)),
+        headroom=sum(room[device] - need for device, need in memory.items()),
+    )
+
+
+def _refused(
+    estimate: Estimate, needed: int, whole: int, devices: Sequence[str], missing: int | None = None
+) -> Fit:
+    lacks = max(1, needed - whole) if missing is None else missing
+    return Fit(
+        False,
+        f"needs {format_size(needed)} ({_parts(estimate)}), {format_size(whole)} free on "
+        f"{' and '.join(devices)}: {format_size(lacks)} short",
+        missing=lacks,
+    )
+
+
+def _parts(estimate: Estimate) -> str:
+    return (
+        f"weights {format_size(estimate.weights + estimate.projector)}, "
+        f"cache {format_size(estimate.cache)} for {estimate.slots} x {estimate.context} tokens, "
+        f"computing {format_size(estimate.compute)}"
+    )
