@@ -1,0 +1,126 @@
+"""What an election knows of the mesh: records, other nodes, epochs, who hosted last. Pure.
+
+Other nodes' words are replaced whole, so what is kept of them is bounded by the adverts; epochs and
+last hosts are kept by models that a deployment was ever seen of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+
+from meshd.election.claims import Contender, highest_epoch
+from meshd.election.words import Standing
+from meshd.ids import ModelId, NodeId
+from meshd.view import Bid, Claim, ClaimState, Deployment
+
+_MOVING = (ClaimState.READY, ClaimState.DRAINING)
+
+
+class Outlook:
+    """`epochs`: the highest epoch this node saved, by model."""
+
+    def __init__(self, own: NodeId, name: str, epochs: Mapping[ModelId, int]) -> None:
+        self.own = own
+        self.name = name
+        self.draining = False
+        self.demand: Mapping[ModelId, int] = {}
+        self.heard = False
+        """The other nodes were named at least once, be it that there is none."""
+        self.others: Mapping[NodeId, Standing] = {}
+        self.deployments: dict[ModelId, Deployment] = {}
+        self.seen_at: dict[ModelId, float] = {}
+        """When the record that there is came."""
+        self._claimants: dict[ModelId, list[Standing]] = {}
+        self._epochs = dict(epochs)
+        self._last_hosts: dict[ModelId, Mapping[NodeId, str]] = {}
+        """Names of those that hosted when there were last enough of them."""
+
+    def see_nodes(self, nodes: Iterable[Standing]) -> None:
+        """A word of this node itself is of an earlier run of it: only its epochs count."""
+        self.heard = True
+        self._claimants = {}
+        for node in nodes:
+            for model in node.claims:
+                self._claimants.setdefault(model, []).append(node)
+        self._note_epochs()
+        self.others = {n.node: n for n in nodes if n.node != self.own}
+        for model, claimants in self._claimants.items():
+            self._claimants[model] = [n for n in claimants if n.node != self.own]
+
+    def see_deployments(self, records: Iterable[Deployment], now: float) -> None:
+        before = self.deployments
+        self.deployments = {r.model: r for r in records}
+        self.seen_at = {
+            model: self.seen_at[model]
+            if model in before and before[model].stamp == record.stamp
+            else now
+            for model, record in self.deployments.items()
+        }
+        self._note_epochs()
+
+    def myself(
+        self, model: ModelId, *, claim: Claim | None = None, bid: Bid | None = None
+    ) -> Standing:
+        """This node as the others see it, as far as it is about `model`."""
+        return Standing(
+            self.own,
+            self.name,
+            MappingProxyType({} if bid is None else {model: bid}),
+            MappingProxyType({} if claim is None else {model: claim}),
+            self.draining,
+        )
+
+    def claimants(self, model: ModelId, own: Claim | None) -> Sequence[Standing]:
+        """All nodes with a claim of `model`, this one too if it has one."""
+        others = self._claimants.get(model, [])
+        return others if own is None else [*others, self.myself(model, claim=own)]
+
+    # -- epochs -----------------------------------------------------------------------------------
+
+    def epoch(self, model: ModelId) -> int:
+        """The highest one that was ever seen, saved or drawn here."""
+        return self._epochs.get(model, 0)
+
+    def next_epoch(self, model: ModelId) -> int:
+        """Draw a higher one; no two draws are equal."""
+        self._epochs[model] = self.epoch(model) + 1
+        return self._epochs[model]
+
+    def _note_epochs(self) -> None:
+        for model, claimants in self._claimants.items():
+            if model in self.deployments:
+                self._epochs[model] = max(self.epoch(model), highest_epoch(model, claimants))
+
+    # -- who hosted -------------------------------------------------------------------------------
+
+    def note_hosts(self, model: ModelId, standing: Sequence[Contender], wanted: int) -> None:
+        if wanted == 0:
+            self._last_hosts.pop(model, None)
+        elif len(standing) == wanted:
+            self._last_hosts[model] = {c.node.node: c.node.name for c in standing}
+
+    def cause_of_claim(
+        self, deployment: Deployment, standing: Sequence[Contender], wanted: int, failures: int
+    ) -> tuple[str, str]:
+        """Why there is a gap: the word for the metrics, and words for people."""
+        model = deployment.model
+        gone = [
+            name
+            for node, name in self._last_hosts.get(model, {}).items()
+            if node not in self.others and node != self.own
+        ]
+        if gone:
+            return "died", f"{', '.join(sorted(gone))} is gone"
+        holding = {c.node.node for c in standing}
+        for node in sorted(self._claimants.get(model, ()), key=lambda n: n.node):
+            claim = node.claims[model]
+            if claim.state is ClaimState.FAILED:
+                return "failed", f"{node.name} failed: {claim.reason}"
+            if claim.state in _MOVING and node.node not in holding:
+                return "moved", f"{node.name} is to give it up"
+        if failures:
+            return "failed", f"trying again after {failures} failures in a row"
+        if standing:
+            return "scaled", f"host {len(standing) + 1} of {wanted}"
+        return "first", "nobody hosts it"

@@ -1,0 +1,162 @@
+"""Which node is the best one for a model, by what nodes say of themselves. Pure.
+
+Every node ranks with these functions over the same words, so all of them come to the same order
+without talking. A node comes into the ranking of a deployment if
+
+1. it may host it: it hosts at all, is not draining, and the deployment is not pinned elsewhere;
+2. it has no claim of the model, of any state: who hosts, gives up or failed is not asked again;
+3. it has bid for this version of the deployment, and does not say NO.
+
+The order, best first: YES before SWAP, weights on disk before none, more headroom, more speed, less
+load. What is equal in all of that is decided by a hash of the model and the node, so that models
+for which all nodes are equal spread over them, and one node's leaving moves only its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from meshd.election.words import Standing
+from meshd.ids import ModelId, NodeId
+from meshd.view import Bid, Deployment, Suits
+
+_PARTS = 15
+"""Headroom and load count to this."""
+_SPEED_BITS = 6
+_LOT_BITS = 32
+"""All of a score is below 2^48: it survives JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """A node in the ranking of one deployment."""
+
+    node: Standing
+    bid: Bid
+    score: int
+
+
+def score(model: ModelId, node: NodeId, bid: Bid) -> int:
+    """The rank of a bid as one number, higher is better; figures out of range count as the nearest
+    one in it. Of different nodes' bids hardly ever equal; then the higher node id is better."""
+    value = 1 if bid.suits is Suits.YES else 0
+    value = value << 1 | bid.weights
+    value = value << 4 | _clamp(bid.headroom, _PARTS)
+    value = value << _SPEED_BITS | _clamp(bid.speed, (1 << _SPEED_BITS) - 1)
+    value = value << 4 | _PARTS - _clamp(bid.load, _PARTS)
+    return value << _LOT_BITS | _lot(model, node)
+
+
+def may_not_host(node: Standing, deployment: Deployment) -> str | None:
+    """Why it must not host this deployment, whatever it could (1); None if it may."""
+    if not node.hosts:
+        return "a client hosts nothing"
+    if deployment.host is not None and deployment.host != node.node:
+        return "pinned to another node"
+    if node.draining:
+        return "draining"
+    return None
+
+
+def current_bid(node: Standing, deployment: Deployment) -> Bid | None:
+    """Its bid, if it is for this version of the deployment or a newer one that is on its way."""
+    bid = node.bids.get(deployment.model)
+    return bid if bid is not None and bid.version >= deployment.version else None
+
+
+def not_ranked(node: Standing, deployment: Deployment) -> str | None:
+    """Why it is not in the ranking (1–3), in words; None if it is."""
+    if (reason := may_not_host(node, deployment)) is not None:  # 1
+        return reason
+    if (claim := node.claims.get(deployment.model)) is not None:  # 2
+        return f"{claim.state}: {claim.reason}" if claim.reason else str(claim.state)
+    if (bid := current_bid(node, deployment)) is None:  # 3
+        return "has not said whether it could"
+    if bid.suits is Suits.NO:
+        return bid.reason or "says it cannot"
+    return None
+
+
+def ranked(node: Standing, deployment: Deployment) -> Ranked | None:
+    """Its place in the ranking, as far as that is its own; None if it is not in it."""
+    bid = current_bid(node, deployment)
+    if bid is None or not_ranked(node, deployment) is not None:
+        return None
+    return Ranked(node, bid, score(deployment.model, node.node, bid))
+
+
+def rank(deployment: Deployment, nodes: Iterable[Standing]) -> tuple[Ranked, ...]:
+    """The ranking, best first."""
+    found = [r for node in nodes if (r := ranked(node, deployment)) is not None]
+    return tuple(sorted(found, key=order, reverse=True))
+
+
+def order(of: Ranked) -> tuple[int, NodeId]:
+    """Key of the ranking's order, higher is better."""
+    return of.score, of.node.node
+
+
+def comes_next(
+    deployment: Deployment, own: Ranked, others: Iterable[Standing], places: int
+) -> bool:
+    """Whether `own` is among the first `places` of the ranking. A SWAP is never while somebody says
+    YES: what would be unloaded for it may stay."""
+    before = 0
+    for node in others:
+        other = ranked(node, deployment)
+        if other is None or order(other) < order(own):
+            continue
+        if own.bid.suits is Suits.SWAP and other.bid.suits is Suits.YES:
+            return False
+        before += 1
+        if before >= places:
+            return False
+    return places > 0
+
+
+def all_have_bid(deployment: Deployment, nodes: Iterable[Standing]) -> bool:
+    """Whether every node that may host the deployment has said whether it could."""
+    return all(
+        current_bid(node, deployment) is not None or may_not_host(node, deployment) is not None
+        for node in nodes
+    )
+
+
+def merit(bid: Bid) -> str:
+    """What a bid counts with, in words and figures."""
+    speed = f"about {1 << _clamp(bid.speed, 40)} tokens/s" if bid.speed > 0 else "speed unmeasured"
+    parts = [
+        "weights on disk" if bid.weights else "weights to be fetched",
+        f"{_clamp(bid.headroom, _PARTS)}/16 of its memory left over",
+        speed,
+        f"{_clamp(bid.load, _PARTS)}/16 of its slots busy",
+    ]
+    if bid.suits is Suits.SWAP:
+        parts.insert(0, "after unloading idle models")
+    return ", ".join(parts)
+
+
+def behind(better: Bid, worse: Bid) -> str:
+    """The first thing, in the order of the ranking, by which one bid comes after another."""
+    if better.suits is not worse.suits:
+        return "would have to unload idle models"
+    if better.weights != worse.weights:
+        return "would have to fetch the weights"
+    if better.headroom != worse.headroom:
+        return f"{worse.headroom}/16 of its memory left over, not {better.headroom}/16"
+    if better.speed != worse.speed:
+        return f"about {1 << _clamp(worse.speed, 40)} tokens/s, not {1 << _clamp(better.speed, 40)}"
+    if better.load != worse.load:
+        return f"{worse.load}/16 of its slots busy, not {better.load}/16"
+    return "equal; the lot decided"
+
+
+def _clamp(value: int, top: int) -> int:
+    return max(0, min(top, value))
+
+
+def _lot(model: ModelId, node: NodeId) -> int:
+    digest = blake2b(f"{model}\n{node}".encode(), digest_size=_LOT_BITS // 8).digest()
+    return int.from_bytes(digest, "big")
