@@ -43,6 +43,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import assert_never
 
 from meshd.election.claims import (
@@ -53,7 +54,8 @@ from meshd.election.claims import (
     wanted_replicas,
 )
 from meshd.election.explain import why_claim, why_outranked
-from meshd.election.hosted import PROVED_S, Hosted, Phase, backoff_s, same_engine
+from meshd.election.holdings import Holdings
+from meshd.election.hosted import Hosted, Phase, same_engine
 from meshd.election.ledger import Ledger
 from meshd.election.outlook import Outlook
 from meshd.election.ranking import all_have_bid, comes_next, may_not_host, rank, ranked
@@ -75,23 +77,14 @@ from meshd.election.words import (
     PublishClaims,
     PutToSleep,
     SaveEpoch,
-    StartHost,
-    StopHost,
 )
 from meshd.ids import ModelId, NodeId
 from meshd.kernel.machine import Tick
-from meshd.view import Claim, Deployment, ModelState, Suits
+from meshd.view import Claim, Deployment, Suits
 
 BID_WAIT_S = 1.0
 """Longer than a record and the bids for it take through a LAN; a node that says nothing by then
 does not hold up the others."""
-
-_WORKING = {
-    ModelState.FETCHING,
-    ModelState.VERIFYING,
-    ModelState.WAITING,
-    ModelState.LOADING,
-}
 
 
 class Election:
@@ -99,46 +92,41 @@ class Election:
 
     def __init__(self, own: NodeId, name: str, epochs: Mapping[ModelId, int]) -> None:
         self._outlook = Outlook(own, name, epochs)
-        self._ledger = Ledger()
-        self._hosted: dict[ModelId, Hosted] = {}
-        self._failures: dict[ModelId, int] = {}
+        self._held = Holdings(name)
         self._offers: Mapping[ModelId, Offer] = {}
-        self._offers_hold = False
-        """They were made with the leases there are (11)."""
         self._sent_to_sleep: dict[ModelId, int] = {}
         """Version of the victim's record (10)."""
         self._waits: list[float] = []
-        self._orders: list[Effect] = []
+        """When bids need no longer be waited for, as of the last event."""
         self._published: tuple[Claim, ...] = ()
-        self._leases_moved = False
 
     @property
     def hosted(self) -> Mapping[ModelId, Hosted]:
-        return dict(self._hosted)
+        return MappingProxyType(self._held.hosted)
 
     @property
     def ledger(self) -> Ledger:
         """To be looked at only."""
-        return self._ledger
+        return self._held.ledger
 
     def due(self) -> float | None:
-        backoffs = (
-            h.retry_at for h in self._hosted.values() if h.retry_at is not None and not h.engine
-        )
+        hosted = self._held.hosted.values()
+        backoffs = (h.retry_at for h in hosted if h.retry_at is not None and not h.engine)
         return min((*backoffs, *self._waits), default=None)
 
     def handle(self, event: Event, now: float) -> list[Effect]:
-        self._orders, self._waits, self._leases_moved = [], [], False
+        holdings, self._waits = self._held, []
+        holdings.begin()
         self._take(event, now)
-        for model in sorted({*self._outlook.deployments, *self._hosted}):
+        for model in sorted({*self._outlook.deployments, *holdings.hosted}):
             self._review(model, now)
-        claims = tuple(c for _, h in sorted(self._hosted.items()) if (c := h.claim) is not None)
+        claims = tuple(c for _, h in sorted(holdings.hosted.items()) if (c := h.claim) is not None)
         if claims != self._published:
             self._published = claims
-            self._orders.insert(0, PublishClaims(claims))
-        if self._leases_moved:
-            self._orders.append(LeasesChanged(self._ledger.leased()))  # 11
-        return self._orders
+            holdings.orders.insert(0, PublishClaims(claims))
+        if holdings.leases_moved:
+            holdings.orders.append(LeasesChanged(holdings.ledger.leased()))  # 11
+        return holdings.orders
 
     # -- events -----------------------------------------------------------------------------------
 
@@ -154,14 +142,14 @@ class Election:
                 self._outlook.draining = event.on
             case OffersMade():
                 self._offers = {offer.bid.model: offer for offer in event.offers}
-                self._offers_hold = True
+                self._held.offers_hold = True
             case CapacityMeasured():
-                self._ledger.set_capacity(event.memory)
+                self._held.ledger.set_capacity(event.memory)
             case HostReported():
-                self._reported(event, now)
+                self._held.reported(event, now)
             case HostMeasured():
-                if self._ledger.measure(event.model, event.memory):
-                    self._moved_leases()
+                if self._held.ledger.measure(event.model, event.memory):
+                    self._held.outdate_offers()
             case EpochSaved():
                 self._saved(event, now)
             case Tick():
@@ -169,62 +157,33 @@ class Election:
             case _:
                 assert_never(event)
 
-    def _reported(self, event: HostReported, now: float) -> None:
-        hosted = self._hosted.get(event.model)
-        if hosted is None or not hosted.engine:
-            return
-        if event.state is ModelState.ABSENT:
-            self._engine_gone(hosted, now)
-        elif hosted.phase not in (Phase.PREPARING, Phase.READY):
-            return  # it was given up; only its end is of interest
-        elif event.state is ModelState.FAILED:
-            self._fail(hosted, event.reason or "its engine failed", now)
-        elif event.state is ModelState.READY:
-            since = now if hosted.ready_at is None else hosted.ready_at
-            self._put(replace(hosted, phase=Phase.READY, ready_at=since, at=None, reason=""))
-        elif event.state in _WORKING and event.state is not hosted.at:
-            reason = event.reason or str(event.state)
-            preparing = replace(hosted, phase=Phase.PREPARING, at=event.state, reason=reason)
-            self._put(replace(preparing, ready_at=None))
-
-    def _engine_gone(self, hosted: Hosted, now: float) -> None:
-        self._release(hosted.model)
-        gone = replace(hosted, engine=False)
-        match hosted.phase:
-            case Phase.DRAINING:
-                del self._hosted[hosted.model]  # 8
-            case Phase.FAILED | Phase.RESTARTING:
-                self._put(gone)
-            case _:
-                self._fail(gone, "its engine ended without being asked to", now)
-
     def _saved(self, event: EpochSaved, now: float) -> None:
-        hosted = self._hosted.get(event.model)
+        hosted = self._held.hosted.get(event.model)
         if hosted is None:
             return
         if hosted.raising == event.epoch:
-            self._put(replace(hosted, epoch=event.epoch, raising=None))  # 3
+            self._held.put(replace(hosted, epoch=event.epoch, raising=None))  # 3
             return
         if hosted.phase is not Phase.CLAIMING or hosted.epoch != event.epoch:
             return
         self._review(event.model, now)  # 6
-        hosted = self._hosted.get(event.model)
+        hosted = self._held.hosted.get(event.model)
         if hosted is None:
             return
         if self._outlook.epoch(event.model) > hosted.epoch:
-            self._put(replace(hosted, epoch=self._save_next_epoch(event.model)))
+            self._held.put(replace(hosted, epoch=self._save_next_epoch(event.model)))
             return
-        self._put(replace(hosted, phase=Phase.PREPARING, reason=hosted.why))
-        self._start(self._hosted[event.model])
-        self._orders.append(HostChanged(event.model, hosted.why, hosted.cause))  # 12
+        self._held.put(replace(hosted, phase=Phase.PREPARING, reason=hosted.why))
+        self._held.start(self._held.hosted[event.model])
+        self._held.orders.append(HostChanged(event.model, hosted.why, hosted.cause))  # 12
 
     # -- decisions --------------------------------------------------------------------------------
 
     def _review(self, model: ModelId, now: float) -> None:
-        deployment, hosted = self._outlook.deployments.get(model), self._hosted.get(model)
+        deployment, hosted = self._outlook.deployments.get(model), self._held.hosted.get(model)
         if hosted is not None:
             self._keep(hosted, deployment, now)
-        if deployment is not None and model not in self._hosted:
+        if deployment is not None and model not in self._held.hosted:
             self._consider(deployment, now)
 
     def _keep(self, hosted: Hosted, deployment: Deployment | None, now: float) -> None:
@@ -235,18 +194,19 @@ class Election:
             renewed = deployment is None or deployment.stamp != hosted.deployment.stamp
             over = hosted.retry_at is not None and hosted.retry_at <= now
             if not hosted.engine and (renewed or over):
-                del self._hosted[hosted.model]  # 7
+                del self._held.hosted[hosted.model]  # 7
             return
         if deployment is None or deployment.removed:
-            self._give_up(hosted, "it was unloaded", "asked")  # 1
+            self._held.give_up(hosted, "it was unloaded", "asked")  # 1
         elif deployment.asleep:
-            self._give_up(hosted, "it was put to sleep until it is asked for", "asked")  # 1
+            self._held.give_up(hosted, "it sleeps until it is asked for", "asked")  # 1
         elif hosted.phase is Phase.RESTARTING or same_engine(hosted.deployment, deployment):
-            self._contend(self._put(replace(hosted, deployment=deployment)), deployment, now)
+            renewed = self._held.put(replace(hosted, deployment=deployment))
+            self._contend(renewed, deployment, now)
         elif hosted.phase is Phase.CLAIMING:
-            self._drop(hosted)  # 6
+            self._held.drop(hosted)  # 6
         else:
-            self._restart(replace(hosted, deployment=deployment))
+            self._held.restart(replace(hosted, deployment=deployment))
 
     def _contend(self, hosted: Hosted, deployment: Deployment, now: float) -> None:
         """Whether its claim stands among the others."""
@@ -257,19 +217,20 @@ class Election:
         barred = may_not_host(self._outlook.myself(deployment.model), deployment)
         if hosted.phase is Phase.CLAIMING:
             if barred is not None or len(found) >= wanted:
-                self._drop(hosted)  # 6
+                self._held.drop(hosted)  # 6
         elif barred is not None:
             self._hand_over(hosted, barred, found, wanted, now)
         elif all(c.node.node != self._outlook.own for c in found[:wanted]):
             cause = "scaled" if wanted < hosted.wanted else "conflict"
-            self._give_up(hosted, why_outranked(found, self._outlook.own, wanted), cause)  # 2
+            self._held.give_up(hosted, why_outranked(found, self._outlook.own, wanted), cause)  # 2
         else:
             alone = self._outlook.epoch(deployment.model) if wanted == 1 else 0
             rival = max(alone, outranked_epoch(deployment, claimants, found[:wanted]))
             raising = hosted.raising
             if raising is None and rival > hosted.epoch:
                 raising = self._save_next_epoch(deployment.model)  # 3
-            self._start_anew(self._put(replace(hosted, wanted=wanted, raising=raising)), now)
+            stands = self._held.put(replace(hosted, wanted=wanted, raising=raising))
+            self._start_anew(stands, now)
 
     def _hand_over(
         self, hosted: Hosted, barred: str, found: Sequence[Contender], wanted: int, now: float
@@ -277,22 +238,22 @@ class Election:
         own, deployment = self._outlook.own, hosted.deployment
         serving = ready_elsewhere(found, own)
         if hosted.phase is not Phase.READY:
-            self._give_up(hosted, barred, "moved")  # 9
+            self._held.give_up(hosted, barred, "moved")  # 9
         elif serving >= wanted:
             names = ", ".join(c.node.name for c in found if c.node.node != own)
-            self._give_up(hosted, f"{barred}; {names} serves it", "moved")  # 9
+            self._held.give_up(hosted, f"{barred}; {names} serves it", "moved")  # 9
         elif self._outlook.draining and serving == len(found):
             others = self._outlook.others.values()
             if self._bids_missing(deployment, now):
                 return
             if not rank(deployment, others):
-                self._give_up(hosted, f"{barred}; no other node can host it now", "moved")  # 9
+                self._held.give_up(hosted, f"{barred}; no other node can host it", "moved")  # 9
 
     def _consider(self, deployment: Deployment, now: float) -> None:
         """Whether it is this node's turn to claim what it does not host."""
         model, outlook = deployment.model, self._outlook
         if deployment.removed:
-            self._failures.pop(model, None)
+            self._held.failures.pop(model, None)
             return
         claimants = outlook.claimants(model, None)
         found = contenders(deployment, claimants)
@@ -302,7 +263,9 @@ class Election:
         if len(found) >= wanted or offer is None or not outlook.heard:
             return  # 1, 2
         own = ranked(outlook.myself(model, bid=offer.bid), deployment)
-        if own is None or not self._offers_hold or self._bids_missing(deployment, now):  # 5, 11
+        if own is None or not self._held.offers_hold:  # 11
+            return
+        if self._bids_missing(deployment, now):  # 5
             return
         if not comes_next(deployment, own, outlook.others.values(), wanted - len(found)):  # 4, 10
             return
@@ -310,17 +273,18 @@ class Election:
             self._make_room(offer)
             return
         cause, lead = outlook.cause_of_claim(
-            deployment, found, wanted, self._failures.get(model, 0)
+            deployment, found, wanted, self._held.failures.get(model, 0)
         )
         why = why_claim(deployment, own, outlook.others.values(), lead)
         claiming = Hosted(deployment, 0, own.score, Phase.CLAIMING, why, cause, wanted)
         epoch = outlook.epoch(model)
-        shortage = self._ledger.lease(model, epoch + 1, offer.memory, now)
+        shortage = self._held.ledger.lease(model, epoch + 1, offer.memory, now)
         if shortage is not None:
-            self._fail(replace(claiming, epoch=epoch), f"its bid was wrong: {shortage}", now)  # 7
+            claiming = replace(claiming, epoch=epoch)
+            self._held.fail(claiming, f"its bid was wrong: {shortage}", now)  # 7
             return
-        self._moved_leases()
-        self._put(replace(claiming, epoch=self._save_next_epoch(model)))  # 6
+        self._held.outdate_offers()
+        self._held.put(replace(claiming, epoch=self._save_next_epoch(model)))  # 6
 
     def _bids_missing(self, deployment: Deployment, now: float) -> bool:
         """Whether others may yet bid; asks to be woken when that is over (5)."""
@@ -337,81 +301,32 @@ class Election:
                 continue
             if self._sent_to_sleep.get(victim) != record.version:
                 self._sent_to_sleep[victim] = record.version
-                self._orders.append(PutToSleep(victim, offer.bid.model))
+                self._held.orders.append(PutToSleep(victim, offer.bid.model))
 
     # -- the engine -------------------------------------------------------------------------------
-
-    def _start(self, hosted: Hosted) -> None:
-        self._put(replace(hosted, engine=True))
-        self._orders.append(StartHost(hosted.deployment, hosted.epoch))
-
-    def _restart(self, hosted: Hosted) -> None:
-        reason = "restarting with other options"
-        self._put(replace(hosted, phase=Phase.RESTARTING, reason=reason, at=None, ready_at=None))
-        self._orders.append(StopHost(hosted.model, reason, hosted.phase is Phase.READY))  # 13
 
     def _start_anew(self, hosted: Hosted, now: float) -> None:
         """Start the engine of a RESTARTING model, once the old one is gone and offers hold."""
         if hosted.phase is not Phase.RESTARTING or hosted.engine:
             return
         offer = self._offers.get(hosted.model)
-        if not self._offers_hold or offer is None or offer.bid.version < hosted.deployment.version:
+        if (
+            not self._held.offers_hold
+            or offer is None
+            or offer.bid.version < hosted.deployment.version
+        ):
             return
         if offer.bid.suits is not Suits.YES:
-            self._give_up(hosted, f"not with other options: {offer.bid.reason}", "moved")
+            self._held.give_up(hosted, f"not with other options: {offer.bid.reason}", "moved")
             return
-        shortage = self._ledger.lease(hosted.model, hosted.epoch, offer.memory, now)
+        shortage = self._held.ledger.lease(hosted.model, hosted.epoch, offer.memory, now)
         if shortage is not None:
-            self._fail(hosted, f"its bid was wrong: {shortage}", now)  # 7
+            self._held.fail(hosted, f"its bid was wrong: {shortage}", now)  # 7
             return
-        self._moved_leases()
-        self._start(replace(hosted, phase=Phase.PREPARING))  # 13
-
-    def _fail(self, hosted: Hosted, reason: str, now: float) -> None:
-        before = self._failures.get(hosted.model, 0)
-        if hosted.ready_at is not None and now - hosted.ready_at >= PROVED_S:
-            before = 0
-        wait_s = backoff_s(before)
-        self._failures[hosted.model] = before + 1
-        failed = replace(hosted, phase=Phase.FAILED, reason=reason, at=None, ready_at=None)
-        self._put(replace(failed, raising=None, retry_at=now + wait_s, backoff_s=wait_s))  # 7
-        if hosted.engine:
-            self._orders.append(StopHost(hosted.model, reason, drain=False))
-        why = f"{self._outlook.name} could not: {reason}; passed over for {wait_s:.0f} s"
-        self._orders.append(HostChanged(hosted.model, why, "failed"))  # 12
-
-    def _give_up(self, hosted: Hosted, reason: str, cause: str) -> None:
-        if hosted.phase is Phase.CLAIMING:
-            self._drop(hosted)
-            return
-        if hosted.engine:
-            self._put(replace(hosted, phase=Phase.DRAINING, reason=reason, at=None, raising=None))
-            if hosted.phase is not Phase.RESTARTING:
-                drain = hosted.phase is Phase.READY
-                self._orders.append(StopHost(hosted.model, reason, drain))
-        else:
-            self._drop(hosted)
-        why = f"{self._outlook.name} gives it up: {reason}"
-        self._orders.append(HostChanged(hosted.model, why, cause))  # 12
-
-    # -- books ------------------------------------------------------------------------------------
-
-    def _put(self, hosted: Hosted) -> Hosted:
-        self._hosted[hosted.model] = hosted
-        return hosted
-
-    def _drop(self, hosted: Hosted) -> None:
-        del self._hosted[hosted.model]
-        self._release(hosted.model)
-
-    def _release(self, model: ModelId) -> None:
-        if self._ledger.release(model):
-            self._moved_leases()
-
-    def _moved_leases(self) -> None:
-        self._leases_moved, self._offers_hold = True, False
+        self._held.outdate_offers()
+        self._held.start(replace(hosted, phase=Phase.PREPARING))  # 13
 
     def _save_next_epoch(self, model: ModelId) -> int:
         epoch = self._outlook.next_epoch(model)
-        self._orders.append(SaveEpoch(model, epoch))
+        self._held.orders.append(SaveEpoch(model, epoch))
         return epoch
