@@ -201,8 +201,8 @@ class Election:
         elif deployment.asleep:
             self._held.give_up(hosted, "it sleeps until it is asked for", "asked")  # 1
         elif hosted.phase is Phase.RESTARTING or same_engine(hosted.deployment, deployment):
-            renewed = self._held.put(replace(hosted, deployment=deployment))
-            self._contend(renewed, deployment, now)
+            hosted = self._held.put(replace(hosted, deployment=deployment))
+            self._contend(hosted, deployment, now)
         elif hosted.phase is Phase.CLAIMING:
             self._held.drop(hosted)  # 6
         else:
