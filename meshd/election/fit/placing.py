@@ -36,6 +36,8 @@ class Fit:
     layers: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     """Repeating layers each accelerator holds, in the order of devices: the engine's
     `--tensor-split`, and their sum its `--n-gpu-layers` but for the output layer."""
+    needed: int = 0
+    """All of `memory`; if it does not fit, what is needed of the devices the words name."""
     headroom: int = 0
     """What would still be free of the devices it lies on."""
     missing: int = 0
@@ -59,64 +61,70 @@ def fit(
     host = next((budget.device for budget in budgets if budget.host), None)
     if not accelerators:  # 1
         if host is None:
-            return Fit(False, "no memory of this node is known", missing=estimate.total)
+            total = estimate.total
+            return Fit(False, "no memory of this node is known", needed=total, missing=total)
         return _judged(estimate, {host: estimate.total}, {}, room)
     roomiest = sorted(accelerators, key=lambda name: -room[name])
+    refused = _refused(estimate, _in_one(estimate, roomiest[0]), room, accelerators)
     for count in range(1, len(roomiest) + 1):  # 2
         chosen = [name for name in accelerators if name in roomiest[:count]]
-        rows = _shared_out(estimate, chosen, room)
-        if rows is not None:
-            found = _judged(estimate, *_laid(estimate, rows, host), room)
-            if found.fits:
-                return found
-    if spill and host is not None and host not in accelerators:  # 3
-        rows = _filled(estimate, accelerators, room)
-        return _judged(estimate, *_laid(estimate, rows, host), room)
-    whole = sum(room[name] for name in accelerators)
-    needed = sum(_laid(estimate, _one_row(estimate, roomiest[0]), host)[0].values())
-    return _refused(estimate, needed, whole, accelerators)
+        for rows in (_shared_out(estimate, chosen, room), _filled(estimate, chosen, room)):
+            if sum(map(len, rows.values())) == len(estimate.layers):
+                found = _judged(estimate, *_laid(estimate, rows, host), room)
+                if found.fits:
+                    return found
+                refused = found
+    if not spill or host is None or host in accelerators:
+        return refused
+    return _judged(estimate, *_laid(estimate, _filled(estimate, accelerators, room), host), room)
 
 
 Rows = Mapping[str, range]
 """Layers by accelerator, in order; those that are in none stay in main memory."""
 
 
-def _one_row(estimate: Estimate, device: str) -> Rows:
-    return {device: range(len(estimate.layers))}
+def _in_one(estimate: Estimate, device: str) -> int:
+    """What would lie on accelerators if there were one that is large enough."""
+    memory, _ = _laid(estimate, {device: range(len(estimate.layers))}, None)
+    return memory[device]
 
 
-def _shared_out(estimate: Estimate, devices: Sequence[str], room: Mapping[str, int]) -> Rows | None:
-    """All layers in proportion to the room for them; None if there is too little."""
+def _shared_out(estimate: Estimate, devices: Sequence[str], room: Mapping[str, int]) -> Rows:
+    """All layers in proportion to the room for them; none where that is too little."""
     rooms = [_for_layers(estimate, devices, n, room) for n in range(len(devices))]
     whole = sum(layer.total for layer in estimate.layers)
     if min(rooms) < 0 or whole > sum(rooms):
-        return None
+        return {}
     rows: dict[str, range] = {}
-    start, laid, target = 0, 0, 0.0
+    start, laid, share = 0, 0, 0
     for device, space in zip(devices, rooms, strict=True):
-        target += whole * space / max(1, sum(rooms))
-        end = start
-        while end < len(estimate.layers) and laid + estimate.layers[end].total / 2 <= target:
+        share += space
+        end = start if device != devices[-1] else len(estimate.layers)
+        while end < len(estimate.layers):
+            middle = laid + estimate.layers[end].total / 2
+            if middle * sum(rooms) > whole * share:
+                break
             laid += estimate.layers[end].total
             end += 1
         rows[device] = range(start, end)
         start = end
-    last = devices[-1]
-    rows[last] = range(rows[last].start, len(estimate.layers))
     return rows
 
 
 def _filled(estimate: Estimate, devices: Sequence[str], room: Mapping[str, int]) -> Rows:
-    """As many layers as there is room for, the last ones, the last device first."""
+    """As many layers as there is room for, the last ones, the last device first. A device without
+    room for what may lie beside layers gets none."""
+    beside = estimate.compute + estimate.projector + estimate.output + estimate.output_copy
+    roomy = [device for device in devices if room[device] > beside]
     rows: dict[str, range] = {}
     end = len(estimate.layers)
-    for number in reversed(range(len(devices))):
-        space = _for_layers(estimate, devices, number, room)
+    for number in reversed(range(len(roomy))):
+        space = _for_layers(estimate, roomy, number, room)
         start = end
         while start > 0 and estimate.layers[start - 1].total <= space:
             space -= estimate.layers[start - 1].total
             start -= 1
-        rows[devices[number]] = range(start, end)
+        rows[roomy[number]] = range(start, end)
         end = start
     return dict(reversed(rows.items()))
 
@@ -161,12 +169,12 @@ def _judged(
     layers: Mapping[str, int],
     room: Mapping[str, int],
 ) -> Fit:
-    short = {device: need - room[device] for device, need in memory.items() if need > room[device]}
+    short = {device: need for device, need in memory.items() if need > room[device]}
     if short:
-        needed, whole = sum(memory.values()), sum(room[device] for device in memory)
-        return _refused(estimate, needed, whole, tuple(short), sum(short.values()))
-    places = ", ".join(
-        f"{format_size(n)} of {format_size(room[d])} on {d}" for d, n in memory.items()
+        return _refused(estimate, sum(short.values()), room, tuple(short))
+    places = " and ".join(
+        f"{format_size(need)} of {format_size(room[device])} on {device}"
+        for device, need in memory.items()
     )
     kept = len(estimate.layers) - sum(layers.values())
     beside = f"; {kept} of {len(estimate.layers)} layers on the CPU" if layers and kept else ""
@@ -175,25 +183,29 @@ def _judged(
         f"takes {places}{beside} ({_parts(estimate)})",
         MappingProxyType(dict(memory)),
         MappingProxyType(dict(layers)),
+        needed=sum(memory.values()),
         headroom=sum(room[device] - need for device, need in memory.items()),
     )
 
 
 def _refused(
-    estimate: Estimate, needed: int, whole: int, devices: Sequence[str], missing: int | None = None
+    estimate: Estimate, needed: int, room: Mapping[str, int], devices: Sequence[str]
 ) -> Fit:
-    lacks = max(1, needed - whole) if missing is None else missing
+    """`needed`: of `devices`."""
+    free = sum(room[device] for device in devices)
+    missing = max(1, needed - free)
     return Fit(
         False,
-        f"needs {format_size(needed)} ({_parts(estimate)}), {format_size(whole)} free on "
-        f"{' and '.join(devices)}: {format_size(lacks)} short",
-        missing=lacks,
+        f"needs {format_size(needed)} on {' and '.join(devices)} ({_parts(estimate)}), "
+        f"{format_size(free)} free: {format_size(missing)} short",
+        needed=needed,
+        missing=missing,
     )
 
 
 def _parts(estimate: Estimate) -> str:
     return (
         f"weights {format_size(estimate.weights + estimate.projector)}, "
-        f"cache {format_size(estimate.cache)} for {estimate.slots} x {estimate.context} tokens, "
+        f"cache {format_size(estimate.cache)} for {estimate.slots} × {estimate.context} tokens, "
         f"computing {format_size(estimate.compute)}"
     )
