@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from meshd.cache.gguf_header import GgufHeader, TensorInfo
-from meshd.view.shape import KIB, MAX_LAYERS, LayerKind, ModelShape, pattern_of
+from meshd.view.shape import MAX_LAYERS, LayerKind, ModelShape, pattern_of, units_of
 
 
 class Windows(NamedTuple):
@@ -97,14 +97,15 @@ def shape_of(shards: Sequence[GgufHeader], projector: GgufHeader | None = None) 
     blocks, input_bytes, rest = _sort(tensors)
     layers = [blocks.get(number, _Block()) for number in range(max(blocks, default=-1) + 1)]
     unloaded = range(len(layers) - keys.number("nextn_predict_layers"), len(layers))
+    unit, weights = units_of(
+        [0 if number in unloaded else block.weights for number, block in enumerate(layers)]  # 6
+    )
     pattern, kinds = pattern_of(_kinds(keys, layers))
     embedding = next((t for t in tensors if t.name == "token_embd.weight"), None)
     return ModelShape(
         architecture=keys.architecture[:64],
-        weights_kib=tuple(
-            0 if number in unloaded else -(-block.weights // KIB)  # 6
-            for number, block in enumerate(layers)
-        ),
+        weight_unit=unit,
+        weights=weights,
         pattern=pattern,
         kinds=kinds,
         input_bytes=input_bytes,

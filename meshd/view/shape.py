@@ -7,7 +7,7 @@ with it whether it could host them, without a byte of them on its disk.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from string import ascii_letters
 from typing import Annotated, Final
 
@@ -16,8 +16,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 MAX_JSON_BYTES: Final = 4096
 MAX_LAYERS: Final = 256
 """Of the largest models known 126."""
-MAX_KINDS: Final = 32
-KIB: Final = 1024
+MAX_KINDS: Final = 16
+MAX_UNITS: Final = 999_999
 
 Size = Annotated[int, Field(ge=0, le=1 << 50)]
 Width = Annotated[int, Field(ge=0, lt=1 << 24)]
@@ -43,7 +43,10 @@ class ModelShape:
     """See the module's docstring. Made by `meshd.cache.shape`, or by `from_json`."""
 
     architecture: Annotated[str, Field(max_length=64)]
-    weights_kib: Annotated[tuple[Size, ...], Field(max_length=MAX_LAYERS)]
+    weight_unit: Annotated[int, Field(ge=1, le=1 << 50)]
+    """Bytes that the numbers in `weights` count."""
+    weights: Annotated[tuple[Annotated[int, Field(ge=0, le=MAX_UNITS)], ...],
+                       Field(max_length=MAX_LAYERS)]  # fmt: skip
     """Of each repeating layer, in order; rounded up."""
     pattern: Annotated[str, Field(max_length=MAX_LAYERS)]
     """A letter for each of these layers: `a` is the first of `kinds`."""
@@ -80,23 +83,13 @@ class ModelShape:
         """(bytes of weights, kind) of each repeating layer, in order."""
         kinds = dict(zip(ascii_letters, self.kinds, strict=False))
         return tuple(
-            (kib * KIB, kinds[letter])
-            for kib, letter in zip(self.weights_kib, self.pattern, strict=True)
+            (units * self.weight_unit, kinds[letter])
+            for units, letter in zip(self.weights, self.pattern, strict=True)
         )
 
     def to_json(self) -> bytes:
-        """At most `MAX_JSON_BYTES`; weights are rounded up to ever larger units until they fit.
-
-        Raises ValueError if no rounding does that: such a model is not one anybody made.
-        """
-        text = b""
-        for doubling in range(24):
-            unit = 1 << doubling
-            coarse = tuple(-(-kib // unit) * unit for kib in self.weights_kib)
-            text = _ADAPTER.dump_json(replace(self, weights_kib=coarse), exclude_defaults=True)
-            if len(text) <= MAX_JSON_BYTES:
-                return text
-        raise ValueError(f"the shape of this {self.architecture} takes {len(text)} bytes")
+        """At most `MAX_JSON_BYTES`, of whatever `meshd.cache.shape` makes."""
+        return _ADAPTER.dump_json(self, exclude_defaults=True)
 
     @classmethod
     def from_json(cls, text: bytes) -> ModelShape:
@@ -105,12 +98,12 @@ class ModelShape:
         if len(text) > MAX_JSON_BYTES:
             raise ValueError(f"a shape of {len(text)} bytes is longer than {MAX_JSON_BYTES}")
         try:
-            shape = _ADAPTER.validate_json(text)
+            shape = _ADAPTER.validate_json(text, strict=True)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-        if len(shape.pattern) != len(shape.weights_kib):
-            raise ValueError(f"{len(shape.weights_kib)} layers, but kinds of {len(shape.pattern)}")
+        if len(shape.pattern) != len(shape.weights):
+            raise ValueError(f"{len(shape.weights)} layers, but kinds of {len(shape.pattern)}")
         if not set(shape.pattern) <= set(ascii_letters[: len(shape.kinds)]):
             raise ValueError("a layer is of a kind that is not described")
         return shape
@@ -137,6 +130,16 @@ class MemoryParts:
     def private(self) -> int:
         """What is missing from the device's free memory because of it."""
         return self.total - self.mapped
+
+
+def units_of(weights: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+    """`weight_unit` and `weights` for layers of these bytes: a power of two of at least 1024, so
+    that no number has more than six digits and none is off by more than a hundred-thousandth of the
+    largest."""
+    unit = 1024
+    while max(weights, default=0) > unit * MAX_UNITS:
+        unit *= 2
+    return unit, tuple(-(-size // unit) for size in weights)
 
 
 def pattern_of(layers: Sequence[LayerKind]) -> tuple[str, tuple[LayerKind, ...]]:

@@ -29,7 +29,8 @@ from meshd.view.shape import LayerKind, MemoryParts, ModelShape
 GIB = 1 << 30
 SHAPE = ModelShape(
     architecture="llama",
-    weights_kib=(100, 100, 100, 100),
+    weight_unit=1024,
+    weights=(100, 100, 100, 100),
     pattern="aaaa",
     kinds=(LayerKind(key=64, value=64),),
     input_bytes=5000,
