@@ -1,0 +1,239 @@
+"""Several elections at one table: what one publishes the others see at once, unless they are cut
+off from each other. Everything that happens is written down as a transcript."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from meshd.election.election import Election
+from meshd.election.words import (
+    CapacityMeasured,
+    DeploymentsSeen,
+    DrainAsked,
+    Effect,
+    EpochSaved,
+    Event,
+    HostChanged,
+    HostReported,
+    LeasesChanged,
+    NodesSeen,
+    Offer,
+    OffersMade,
+    PublishClaims,
+    PutToSleep,
+    SaveEpoch,
+    Standing,
+    StartHost,
+    StopHost,
+)
+from meshd.ids import ModelId, NodeId
+from meshd.kernel.machine import Tick
+from meshd.sizes import format_size
+from meshd.view import Bid, Claim, Deployment, ModelState, Suits
+
+
+@dataclass
+class Seat:
+    """One node: its machine, and what it would say of itself."""
+
+    election: Election
+    bid: Bid
+    size: int
+    capacity: int
+    epochs: dict[ModelId, int]
+    draining: bool = False
+    records: Mapping[ModelId, Deployment] = field(default_factory=dict)
+    claims: tuple[Claim, ...] = ()
+
+    def offers(self) -> tuple[Offer, ...]:
+        """For every record, after what is leased now."""
+        free = self.capacity - sum(self.election.ledger.leased().values())
+        offers = []
+        for record in self.records.values():
+            fits = self.election.ledger.holds(record.model) or self.size <= free
+            reason = (
+                "" if fits else f"needs {format_size(self.size)}, {format_size(free)} free on CUDA0"
+            )
+            suits = self.bid.suits if fits else Suits.NO
+            version, model = record.version, record.model
+            bid = replace(self.bid, model=model, version=version, suits=suits, reason=reason)
+            offers.append(Offer(bid, {"CUDA0": self.size}))
+        return tuple(offers)
+
+
+class Table:
+    """`now` is the scene's; it moves by `wait_until` only."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.lines: list[str] = []
+        self.seats: dict[str, Seat] = {}
+        self._groups: list[set[str]] = []
+        self._pending: deque[tuple[str, Event]] = deque()
+
+    # -- what happens -----------------------------------------------------------------------------
+
+    def say(self, text: str) -> None:
+        self.lines.append(f"# {text}" if not self.lines else f"\n# {text}")
+
+    def join(self, name: str, bid: Bid, *, size: int, capacity: int) -> None:
+        """Also back again after `crash`, with the epochs it saved."""
+        before = self.seats.get(name)
+        epochs = {} if before is None else before.epochs
+        election = Election(NodeId(name), name, epochs)
+        records = {} if before is None else before.records
+        self.seats[name] = Seat(election, bid, size, capacity, epochs, records=records)
+        self._groups = [set(self.seats)]
+        self._post(name, CapacityMeasured({"CUDA0": capacity}))
+        if records:
+            self._post(name, DeploymentsSeen(tuple(records.values())))
+            self._post(name, OffersMade(self.seats[name].offers()))
+        self._tell_all()
+
+    def write(self, record: Deployment) -> None:
+        for name in self._present():
+            seat = self.seats[name]
+            seat.records = {**seat.records, record.model: record}
+            self._pending.append((name, DeploymentsSeen(tuple(seat.records.values()))))
+            self._pending.append((name, OffersMade(seat.offers())))
+        self._settle()
+        self._tell_all()
+
+    def report(self, name: str, state: ModelState, model: ModelId, reason: str = "") -> None:
+        self._post(name, HostReported(model, state, reason or None))
+
+    def drain(self, name: str, on: bool = True) -> None:
+        self.seats[name].draining = on
+        self._post(name, DrainAsked(on))
+        self._tell_all()
+
+    def part(self, *groups: Iterable[str]) -> None:
+        """Only who is in one group sees each other; who is in none is gone."""
+        self._groups = [set(group) for group in groups]
+        self._tell_all()
+
+    def wait_until(self, at: float) -> None:
+        self.now = at
+        for name in self._present():
+            due = self.seats[name].election.due()
+            if due is not None and due <= at:
+                self._pending.append((name, Tick()))
+        self._settle()
+
+    # -- how it goes round ------------------------------------------------------------------------
+
+    def _present(self) -> list[str]:
+        return sorted(set().union(*self._groups))
+
+    def _post(self, name: str, event: Event) -> None:
+        self._pending.append((name, event))
+        self._settle()
+
+    def _tell_all(self) -> None:
+        self._pending.extend((name, NodesSeen(self._seen_by(name))) for name in self._present())
+        self._settle()
+
+    def _seen_by(self, name: str) -> tuple[Standing, ...]:
+        group = next(g for g in self._groups if name in g)
+        return tuple(
+            Standing(
+                NodeId(other),
+                other,
+                {offer.bid.model: offer.bid for offer in seat.offers()},
+                {claim.model: claim for claim in seat.claims},
+                seat.draining,
+            )
+            for other, seat in sorted(self.seats.items())
+            if other in group and other != name
+        )
+
+    def _settle(self) -> None:
+        for _ in range(1_000):
+            if not self._pending:
+                return
+            name, event = self._pending.popleft()
+            effects = self.seats[name].election.handle(event, self.now)
+            if effects or _happens(event):
+                self.lines.append(f"{self.now:7.1f} {name:<6} {show_event(event)}")
+            for effect in effects:
+                self.lines.append(f"{'':14}   {show_effect(effect)}")
+                self._run(name, effect)
+        raise AssertionError("the table does not come to rest")
+
+    def _run(self, name: str, effect: Effect) -> None:
+        seat = self.seats[name]
+        match effect:
+            case SaveEpoch(model, epoch):
+                seat.epochs[model] = epoch
+                self._pending.append((name, EpochSaved(model, epoch)))
+            case PublishClaims(claims):
+                seat.claims = claims
+                self._tell_others()
+            case LeasesChanged():
+                self._pending.append((name, OffersMade(seat.offers())))
+                self._tell_others()
+            case _:
+                pass
+
+    def _tell_others(self) -> None:
+        self._pending.extend((name, NodesSeen(self._seen_by(name))) for name in self._present())
+
+
+def _happens(event: Event) -> bool:
+    """Worth a line although nothing follows from it."""
+    return isinstance(event, HostReported | DrainAsked)
+
+
+def show_event(event: Event) -> str:
+    match event:
+        case NodesSeen(nodes):
+            words = "; ".join(
+                f"{n.name}{' (draining)' if n.draining else ''}"
+                + "".join(f" {c.state} {c.model} e{c.epoch}" for c in n.claims.values())
+                for n in nodes
+            )
+            return f"sees {words or 'nobody'}"
+        case DeploymentsSeen(records):
+            return "records: " + ", ".join(_show_record(r) for r in records)
+        case OffersMade(offers):
+            return "offers " + ", ".join(f"{o.bid.model} {o.bid.suits}" for o in offers)
+        case HostReported(model, state, reason):
+            return f"engine of {model} is {state}" + (f": {reason}" if reason else "")
+        case EpochSaved(model, epoch):
+            return f"saved epoch {epoch} of {model}"
+        case DrainAsked(on):
+            return "is asked to drain" if on else "is asked to take part again"
+        case Tick():
+            return "wakes"
+        case _:
+            return type(event).__name__
+
+
+def show_effect(effect: Effect) -> str:
+    match effect:
+        case PublishClaims(claims):
+            words = [f"{c.state} {c.model} e{c.epoch} ({c.reason})" for c in claims]
+            return f"claims: {'; '.join(words) or 'none'}"
+        case SaveEpoch(model, epoch):
+            return f"save epoch {epoch} of {model}"
+        case StartHost(deployment, epoch):
+            return f"start {deployment.model} e{epoch}"
+        case StopHost(model, reason, drain):
+            return f"stop {model}{' after its requests' if drain else ''}: {reason}"
+        case LeasesChanged(leased):
+            words = [f"{device} {format_size(size)}" for device, size in leased.items()]
+            return f"leased: {', '.join(words)}"
+        case PutToSleep(model, wanted_for):
+            return f"put {model} to sleep for {wanted_for}"
+        case HostChanged(model, why, cause):
+            return f"{model} [{cause}] {why}"
+
+
+def _show_record(record: Deployment) -> str:
+    words = [f"{record.model} v{record.version}", f"x{record.replicas or 'demand'}"]
+    if record.host is not None:
+        words.append(f"at {record.host}")
+    words += [word for word in ("asleep", "removed") if getattr(record, word)]
+    return " ".join(words)
