@@ -14,7 +14,17 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from meshd.ids import InstanceId, ModelId, NodeId
+from meshd.peers.placement import (
+    MAX_BIDS,
+    MAX_CLAIMS,
+    AdvertBid,
+    AdvertClaim,
+    bids_to_wire,
+    claims_to_wire,
+)
 from meshd.view import (
+    Bid,
+    Claim,
     DeviceView,
     ModelState,
     NodeState,
@@ -119,8 +129,8 @@ class AdvertProof(_Peer):
 
 
 class Advert(_Peer):
-    """Client nodes advertise neither models nor devices nor weights; what they send of them is
-    dropped."""
+    """Client nodes advertise neither models, devices and weights, nor bids and claims; what they
+    send of them is dropped."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
     version: Text
@@ -135,6 +145,8 @@ class Advert(_Peer):
     models: Annotated[list[AdvertModel], Field(max_length=MAX_MODELS)] = []
     weights: Annotated[list[Digest], Field(max_length=MAX_WEIGHTS)] = []
     """Digests of the sets it holds verified."""
+    bids: Annotated[list[AdvertBid], Field(max_length=MAX_BIDS)] = []
+    claims: Annotated[list[AdvertClaim], Field(max_length=MAX_CLAIMS)] = []
 
 
 def describe(view: View, name: str, role: Role) -> dict[str, Any]:
@@ -175,8 +187,11 @@ def describe(view: View, name: str, role: Role) -> dict[str, Any]:
     # Sets that are alike under two names count once. Full-policy: the first ones by model stay.
     digests = dict.fromkeys(weights.digest for weights in view.weights)
     body["weights"] = list(digests)[:MAX_WEIGHTS]
-    while len(orjson.dumps(body)) > MAX_BODY_BYTES and body["models"]:
-        body["models"] = body["models"][: len(body["models"]) // 2]
+    body["bids"] = bids_to_wire(view.bids)
+    body["claims"] = claims_to_wire(view.claims)
+    served = sum(model["instance"] is not None for model in models)
+    for part, least in (("models", served), ("bids", 0), ("models", 0), ("claims", 0)):
+        _make_fit(body, part, least)
     return body
 
 
@@ -186,6 +201,8 @@ class AdvertBook:
     def __init__(self) -> None:
         self._adverts: dict[NodeId, tuple[int, Advert, dict[str, Any]]] = {}
         self._slots_free: dict[NodeId, dict[str, int]] = {}
+        self._placement: dict[NodeId, tuple[tuple[Bid, ...], tuple[Claim, ...]]] = {}
+        """Made once an advert: there may be hundreds, and pictures are made often."""
 
     def version(self, node: NodeId) -> int:
         """Of the advert kept; -1 for none."""
@@ -208,6 +225,12 @@ class AdvertBook:
         if node not in self._adverts and len(self._adverts) >= MAX_NODES:
             return False
         self._adverts[node] = (version, advert, dict(envelope))
+        if advert.role is Role.CLIENT:
+            self._placement.pop(node, None)
+        else:
+            bids = {bid.model: bid.to_view() for bid in advert.bids}
+            claims = {claim.model: claim.to_view() for claim in advert.claims}
+            self._placement[node] = (tuple(bids.values()), tuple(claims.values()))
         return True
 
     def put_slots(self, node: NodeId, slots_free: dict[str, int]) -> bool:
@@ -231,6 +254,10 @@ class AdvertBook:
             return frozenset()
         return frozenset(advert.weights)
 
+    def placement(self, node: NodeId) -> tuple[tuple[Bid, ...], tuple[Claim, ...]]:
+        """Its bids and its claims."""
+        return self._placement.get(node, ((), ()))
+
     def runs_on(self, node: NodeId) -> tuple[str, ProofView | None]:
         """What its models run on, and the evidence it gives; `cpu` for all that gives none, or
         whose own evidence does not pass."""
@@ -243,6 +270,7 @@ class AdvertBook:
     def forget(self, node: NodeId) -> None:
         self._adverts.pop(node, None)
         self._slots_free.pop(node, None)
+        self._placement.pop(node, None)
 
 
 def slots_from_wire(value: Any) -> dict[str, int]:
@@ -251,6 +279,12 @@ def slots_from_wire(value: Any) -> dict[str, int]:
         return {}
     rows = list(value.items())[:MAX_MODELS]
     return {k: n for k, n in rows if len(k) <= 256 and type(n) is int and 0 <= n <= 65_536}
+
+
+def _make_fit(body: dict[str, Any], part: str, least: int) -> None:
+    """Leave out the last rows of a part until the advert fits, or only `least` are left."""
+    while len(body[part]) > least and len(orjson.dumps(body)) > MAX_BODY_BYTES:
+        body[part] = body[part][: max(least, len(body[part]) // 2)]
 
 
 def _proof(runtime: RuntimeView) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, Protocol
 
 from meshd.config import Config
@@ -43,7 +43,7 @@ from meshd.peers.trust.membership import Grant, Membership
 from meshd.peers.trust.trust import Trust
 from meshd.peers.trust.wire import KnownPeer
 from meshd.peers.wishes import Wishes, check_wishes, read_wishes
-from meshd.view import MeshState, MeshView, Role, Target
+from meshd.view import Deployment, MeshState, MeshView, Role, Target
 
 log = logging.getLogger(__name__)
 
@@ -328,6 +328,12 @@ class MeshService(Service):
         if self._session is None:
             raise PeerUnreachable("this node belongs to no mesh any more")
         return await self._session.connect(target, make_protocol)
+
+    def deployed(self, records: Sequence[Deployment]) -> None:
+        """They were written here: tell the others. Alone it is nobody's news; who links up later
+        finds out by the digest of the table."""
+        if self._session is not None:
+            self._session.deploying.spread(records)
 
     def gossip_bytes(self) -> tuple[int, int]:
         return (0, 0) if self._session is None else self._session.gossip_bytes()

@@ -35,6 +35,7 @@ def picture(
     for node, standing in members.items():
         advert = adverts.get(node)
         backend, proof = adverts.runs_on(node)
+        bids, claims = adverts.placement(node)
         peers.append(
             PeerView(
                 id=node,
@@ -50,6 +51,8 @@ def picture(
                 weights=adverts.weights(node),
                 backend=backend,
                 proof=proof,
+                bids=bids,
+                claims=claims,
             )
         )
     return names[own], tuple(sorted(peers, key=lambda p: (p.name, p.id)))

@@ -22,6 +22,8 @@ from meshd.errors import MeshdError, PeerRefused, PeerUnreachable
 from meshd.ids import BootId, InstanceId, NodeId
 from meshd.kernel import Board, Clock, Driver, FlightRecorder
 from meshd.peers.bulk.handover import Handover, credentials_of
+from meshd.peers.denying import Denying
+from meshd.peers.deploying import Deploying, Deployments
 from meshd.peers.joining.renewing import Renewing
 from meshd.peers.links.channel import FrameChannel
 from meshd.peers.links.codec import message_from_wire, message_to_wire
@@ -39,9 +41,7 @@ from meshd.peers.swim.gossip import Alive, Message
 from meshd.peers.swim.swim import Swim
 from meshd.peers.swim.timing import LAN, WAN
 from meshd.peers.telling import Telling
-from meshd.peers.trust import denylist
 from meshd.peers.trust.certificates import PeerCertificate
-from meshd.peers.trust.denylist import DenyEntry
 from meshd.peers.trust.trust import Trust
 from meshd.peers.trust.wire import KnownPeer
 from meshd.view import (
@@ -81,6 +81,8 @@ class Needs:
     serve_bulk: Callable[[NodeId, Open], dict[str, Any]] = _nothing_in_bulk
     """What the carrier is to do for a node that asks so; of `shard` the grant, of `manifest` the
     answer itself. Raises PeerRefused."""
+    deployments: Deployments | None = None
+    """What the mesh should serve; None: this node takes no part in it."""
 
 
 class Session:
@@ -155,6 +157,11 @@ class Session:
             self.telling.book,
             lambda: trust.membership,
         )
+        self.deploying = Deploying(needs.deployments, self.linking.links, needs.clock, needs.rng)
+        self._denying = Denying(
+            trust, self.linking.links, spawn=needs.spawn, denied=self._denials_came
+        )
+        self._hearers = (self.telling, self._denying, self.deploying)
         trust.on_renewal = self._renewed
         self.renewing = Renewing(trust, needs.clock, needs.rng.choice)
         self._unsubscribe = needs.board.subscribe(self._view_changed)
@@ -193,6 +200,7 @@ class Session:
                 next_sweep_at = now + SWEEP_S
                 self.streams.prune()
                 self.telling.want_again(self._needs.rng.choice)
+                self.deploying.look()
 
     # -- for the node -----------------------------------------------------------------------------
 
@@ -266,11 +274,7 @@ class Session:
 
     def denied(self, nodes: tuple[NodeId, ...], source: ControlLink | None = None) -> None:
         """`nodes` are on the deny list from now on: spread it, and have no more to do with them."""
-        frames = list(self.trust.denials(nodes))
-        for link in self.linking.links:
-            if link is not source and link.remote.node not in nodes:
-                for frame in frames:
-                    link.send(frame)
+        self._denying.spread(nodes, source)
         for node in nodes:
             log.warning("node %s is on the deny list", self._showing.name_of(node))
             self.linking.drop(node)
@@ -335,7 +339,8 @@ class Session:
         self._showing.welcomed()
         self._driver.post(gossip.NodeMet(statement))
         self.telling.greet(link)
-        link.send(self.trust.denials_digest())
+        self._denying.greet(link)
+        self.deploying.greet(link)
 
     def link_went(self, link: ControlLink, broke: bool) -> None:
         remote = link.remote
@@ -352,15 +357,8 @@ class Session:
         message = message_from_wire(frame)
         if message is not None:
             self._driver.post(gossip.MessageReceived(link.remote.node, self._checked(message)))
-        elif not self.telling.frame_came(link, frame):
+        elif not any(part.frame_came(link, frame) for part in self._hearers):
             match frame.get("t"):
-                case "deny":
-                    entries = denylist.from_wire(frame.get("entries"))
-                    self._needs.spawn(self._denials_came(link, entries))
-                case "denied":
-                    if frame != self.trust.denials_digest():
-                        for entries_frame in self.trust.denials():
-                            link.send(entries_frame)
                 case "renew" | "renewed":
                     self._needs.spawn(self.renewing.frame_came(link, frame))
                 case "refused":
@@ -368,15 +366,9 @@ class Session:
                 case _:
                     pass  # of a later version; the range in the hello said we can live without
 
-    async def _denials_came(self, link: ControlLink, entries: tuple[DenyEntry, ...]) -> None:
-        try:
-            fresh = await self.trust.merge(entries)
-        except MeshdError as error:
-            log.warning("link to %s: %s; closing", link.remote.name, error.message)
-            link.drop()
-        else:
-            if fresh and not self._closed:
-                self.denied(fresh, source=link)
+    def _denials_came(self, nodes: tuple[NodeId, ...], source: ControlLink) -> None:
+        if not self._closed:
+            self.denied(nodes, source)
 
     def dial_refused(self, node: NodeId) -> None:
         self._driver.post(gossip.DialRefused(node))
@@ -466,8 +458,11 @@ class Session:
     # -- views ------------------------------------------------------------------------------------
 
     def _view_changed(self, view: View) -> None:
-        if self._look_timer is not None or self._closed:
+        if self._closed:
             return
+        if self._look_timer is not None:  # what is urgent does not wait for what is not
+            self._look_timer.cancel()
+            self._look_timer = None
         again_s = self.telling.look(view)
         if again_s is not None:
             self._look_timer = asyncio.get_running_loop().call_later(again_s, self._look_again)

@@ -190,8 +190,12 @@ class Telling:
             problem = error.errors(include_url=False, include_input=False)[0]
             raise ProtocolError(f"an advert is malformed: {problem['msg']}") from None
         if signed.role is Role.CLIENT:
-            nothing: dict[str, Any] = {"models": [], "devices": [], "weights": [], "proof": None}
-            advert = advert.model_copy(update={"role": Role.CLIENT, **nothing})
+            advert = Advert(
+                name=advert.name,
+                version=advert.version,
+                role=Role.CLIENT,
+                draining=advert.draining,
+            )
         if self.book.put(signed.node_id, signed.version, advert, envelope):
             self._wanted.pop(signed.node_id, None)
             self._changed(True)
@@ -207,13 +211,18 @@ class Telling:
 
 
 def _urgent(old: dict[str, Any] | None, new: dict[str, Any]) -> bool:
-    """Whether other nodes must change where they send requests, or what they count on."""
+    """Whether other nodes must change where they send requests, what they count on, or what they
+    host."""
     if old is None or old["draining"] != new["draining"]:
         return True
     if old.get("backend", "cpu") != new.get("backend", "cpu"):
         return True
-    return _served(old) != _served(new)
+    return _served(old) != _served(new) or _claimed(old) != _claimed(new)
 
 
 def _served(body: dict[str, Any]) -> list[tuple[str, str | None]]:
     return [(m["id"], m["instance"]) for m in body.get("models", ())]
+
+
+def _claimed(body: dict[str, Any]) -> list[tuple[str, int, str]]:
+    return [(c["model"], c["epoch"], c["state"]) for c in body.get("claims", ())]

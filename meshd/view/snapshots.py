@@ -12,6 +12,7 @@ from enum import StrEnum
 from types import MappingProxyType
 
 from meshd.ids import InstanceId, MeshId, ModelId, NodeId
+from meshd.view.placement import Bid, Claim, Deployment
 
 
 class NodeState(StrEnum):
@@ -306,6 +307,9 @@ class PeerView:
     """What its engine runs models on, as far as it proved that."""
     proof: ProofView | None = None
     """The evidence it gives; None of a node that runs no engine."""
+    bids: tuple[Bid, ...] = ()
+    """At most one a model, as `claims`; both are empty for a client node."""
+    claims: tuple[Claim, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,3 +332,9 @@ class View:
     """All other nodes, tombstones included, by name."""
     weights: tuple[WeightsView, ...] = ()
     """What lies verified on this machine's disk, by model."""
+    deployments: tuple[Deployment, ...] = ()
+    """What the mesh should serve as far as this node knows, tombstones included, by model."""
+    bids: tuple[Bid, ...] = ()
+    """This node's own, at most one a model; other nodes are told."""
+    claims: tuple[Claim, ...] = ()
+    """As `bids`."""
