@@ -27,7 +27,7 @@ class Outlook:
         self.demand: Mapping[ModelId, int] = {}
         self.heard = False
         """The other nodes were named at least once, be it that there is none."""
-        self.others: Mapping[NodeId, Standing] = {}
+        self.others: dict[NodeId, Standing] = {}
         self.deployments: dict[ModelId, Deployment] = {}
         self.seen_at: dict[ModelId, float] = {}
         """When the record that there is came."""
@@ -39,14 +39,16 @@ class Outlook:
     def see_nodes(self, nodes: Iterable[Standing]) -> None:
         """A word of this node itself is of an earlier run of it: only its epochs count."""
         self.heard = True
-        self._claimants = {}
+        self.others, self._claimants = {}, {}
         for node in nodes:
+            if node.node == self.own:
+                for model, claim in node.claims.items():
+                    self._epochs[model] = max(self.epoch(model), claim.epoch)
+                continue
+            self.others[node.node] = node
             for model in node.claims:
                 self._claimants.setdefault(model, []).append(node)
         self._note_epochs()
-        self.others = {n.node: n for n in nodes if n.node != self.own}
-        for model, claimants in self._claimants.items():
-            self._claimants[model] = [n for n in claimants if n.node != self.own]
 
     def see_deployments(self, records: Iterable[Deployment], now: float) -> None:
         before = self.deployments
