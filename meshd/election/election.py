@@ -49,6 +49,7 @@ from typing import assert_never
 from meshd.election.claims import (
     Contender,
     contenders,
+    highest_epoch,
     outranked_epoch,
     ready_elsewhere,
     wanted_replicas,
@@ -170,7 +171,8 @@ class Election:
         hosted = self._held.hosted.get(event.model)
         if hosted is None:
             return
-        if self._outlook.epoch(event.model) > hosted.epoch:
+        claimed = highest_epoch(event.model, self._outlook.claimants(event.model, None))
+        if max(claimed + 1, self._outlook.epoch(event.model)) > hosted.epoch:
             self._held.put(replace(hosted, epoch=self._save_next_epoch(event.model)))
             return
         self._held.put(replace(hosted, phase=Phase.PREPARING, reason=hosted.why))
@@ -200,26 +202,22 @@ class Election:
             self._held.give_up(hosted, "it was unloaded", "asked")  # 1
         elif deployment.asleep:
             self._held.give_up(hosted, "it sleeps until it is asked for", "asked")  # 1
-        elif hosted.phase is Phase.RESTARTING or same_engine(hosted.deployment, deployment):
-            hosted = self._held.put(replace(hosted, deployment=deployment))
-            self._contend(hosted, deployment, now)
-        elif hosted.phase is Phase.CLAIMING:
-            self._held.drop(hosted)  # 6
         else:
-            self._held.restart(replace(hosted, deployment=deployment))
+            self._contend(hosted, deployment, now)
 
     def _contend(self, hosted: Hosted, deployment: Deployment, now: float) -> None:
-        """Whether its claim stands among the others."""
+        """Whether its claim stands among the others; with what engine, only if it does."""
         claimants = self._outlook.claimants(deployment.model, hosted.claim)
         found = contenders(deployment, claimants)
         wanted = wanted_replicas(deployment, self._outlook.demand)
         self._outlook.note_hosts(deployment.model, found[:wanted], wanted)
         barred = may_not_host(self._outlook.myself(deployment.model), deployment)
         if hosted.phase is Phase.CLAIMING:
-            if barred is not None or len(found) >= wanted:
+            same = same_engine(hosted.deployment, deployment)
+            if barred is not None or not same or len(found) >= wanted:
                 self._held.drop(hosted)  # 6
         elif barred is not None:
-            self._hand_over(hosted, barred, found, wanted, now)
+            self._hand_over(hosted, deployment, barred, found, now)
         elif all(c.node.node != self._outlook.own for c in found[:wanted]):
             cause = "scaled" if wanted < hosted.wanted else "conflict"
             self._held.give_up(hosted, why_outranked(found, self._outlook.own, wanted), cause)  # 2
@@ -229,25 +227,28 @@ class Election:
             raising = hosted.raising
             if raising is None and rival > hosted.epoch:
                 raising = self._save_next_epoch(deployment.model)  # 3
-            stands = self._held.put(replace(hosted, wanted=wanted, raising=raising))
-            self._start_anew(stands, now)
+            self._serve(replace(hosted, wanted=wanted, raising=raising), deployment, now)
 
     def _hand_over(
-        self, hosted: Hosted, barred: str, found: Sequence[Contender], wanted: int, now: float
+        self,
+        hosted: Hosted,
+        deployment: Deployment,
+        barred: str,
+        found: Sequence[Contender],
+        now: float,
     ) -> None:
-        own, deployment = self._outlook.own, hosted.deployment
+        """Whether a host that may host no longer has served long enough (9)."""
+        own, wanted = self._outlook.own, wanted_replicas(deployment, self._outlook.demand)
         serving = ready_elsewhere(found, own)
         if hosted.phase is not Phase.READY:
-            self._held.give_up(hosted, barred, "moved")  # 9
+            self._held.give_up(hosted, barred, "moved")
         elif serving >= wanted:
             names = ", ".join(c.node.name for c in found if c.node.node != own)
-            self._held.give_up(hosted, f"{barred}; {names} serves it", "moved")  # 9
+            self._held.give_up(hosted, f"{barred}; {names} serves it", "moved")
         elif self._outlook.draining and serving == len(found):
-            others = self._outlook.others.values()
-            if self._bids_missing(deployment, now):
-                return
-            if not rank(deployment, others):
-                self._held.give_up(hosted, f"{barred}; no other node can host it", "moved")  # 9
+            nobody = not rank(deployment, self._outlook.others.values())
+            if nobody and not self._bids_missing(deployment, now):
+                self._held.give_up(hosted, f"{barred}; no other node can host it", "moved")
 
     def _consider(self, deployment: Deployment, now: float) -> None:
         """Whether it is this node's turn to claim what it does not host."""
@@ -305,17 +306,18 @@ class Election:
 
     # -- the engine -------------------------------------------------------------------------------
 
-    def _start_anew(self, hosted: Hosted, now: float) -> None:
-        """Start the engine of a RESTARTING model, once the old one is gone and offers hold."""
-        if hosted.phase is not Phase.RESTARTING or hosted.engine:
-            return
-        offer = self._offers.get(hosted.model)
-        if (
-            not self._held.offers_hold
-            or offer is None
-            or offer.bid.version < hosted.deployment.version
-        ):
-            return
+    def _serve(self, hosted: Hosted, deployment: Deployment, now: float) -> None:
+        """It stands: see that its engine is, or will be, the one that is asked for (13)."""
+        same = hosted.phase is Phase.RESTARTING or same_engine(hosted.deployment, deployment)
+        hosted = self._held.put(replace(hosted, deployment=deployment))
+        if not same:
+            self._held.restart(hosted)
+        elif hosted.phase is Phase.RESTARTING and not hosted.engine and self._held.offers_hold:
+            offer = self._offers.get(hosted.model)
+            if offer is not None and offer.bid.version >= deployment.version:
+                self._start_anew(hosted, offer, now)
+
+    def _start_anew(self, hosted: Hosted, offer: Offer, now: float) -> None:
         if offer.bid.suits is not Suits.YES:
             self._held.give_up(hosted, f"not with other options: {offer.bid.reason}", "moved")
             return

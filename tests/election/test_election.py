@@ -156,12 +156,15 @@ def test_a_claim_seen_before_the_epoch_is_saved_ends_the_turn() -> None:
     assert shown(election) is None
 
 
-def test_an_epoch_that_somebody_used_meanwhile_is_drawn_anew() -> None:
+@pytest.mark.parametrize("used", [1, 5])
+def test_an_epoch_that_somebody_used_meanwhile_is_drawn_anew(used: int) -> None:
     election = asking()
     ask(election)
-    election.handle(NodesSeen((node("a", bid(9), claim(5, FAILED)),)), 0.1)
-    assert election.handle(EpochSaved(M, 1), 0.2) == [SaveEpoch(M, 6)]
-    assert of(StartHost, election.handle(EpochSaved(M, 6), 0.3)) == [StartHost(record(), 6)]
+    election.handle(NodesSeen((node("a", bid(9), claim(used, FAILED)),)), 0.1)
+    fresh = used + 1
+    assert election.handle(EpochSaved(M, 1), 0.2) == [SaveEpoch(M, fresh)]
+    started = of(StartHost, election.handle(EpochSaved(M, fresh), 0.3))
+    assert started == [StartHost(record(), fresh)]
 
 
 @pytest.mark.parametrize("change", [{"removed": True}, {"asleep": True}, {"context": 99}])
@@ -461,6 +464,12 @@ def test_a_restart_ends_with_the_wish_for_it() -> None:
     assert PublishClaims(()) in report(election, ModelState.ABSENT, 5.2)
 
 
+def test_other_options_somewhere_else_leave_the_engine_here_alone() -> None:
+    election = serving(node("a", bid()))
+    assert ask(election, 5.0, version=2, context=9, host=NodeId("a")) == []
+    assert shown(election) == (1, READY)
+
+
 def test_a_version_with_the_same_options_leaves_the_engine_alone() -> None:
     election = serving()
     assert ask(election, 5.0, version=2, replicas=2) == []
@@ -515,7 +524,9 @@ STATES: list[Callable[[], Election]] = [asking, serving]
 def test_whatever_comes_in_whatever_order(
     state: Callable[[], Election], story: list[tuple[Event, float]]
 ) -> None:
-    election, twin, now, epochs = state(), state(), 1.0, [1]
+    election, twin, now, epochs = state(), state(), 1.0, [0]
+    if M in election.hosted:
+        epochs = [1]
     published: tuple[Claim, ...] | None = None
     for event, after in story:
         now += after
