@@ -80,7 +80,8 @@ class Bid:
     free_bytes: int = 0
     """Memory that could be leased for it now (with SWAP: after unloading)."""
     headroom: int = 0
-    """0..15: free memory that would be left, in sixteenths of the node's."""
+    """0..15: memory that would be left free on the device it fills most, in sixteenths of that one:
+    plenty of main memory says nothing about a full accelerator."""
     speed: int = 0
     """log2 of the tokens/s its engine made with the probe model, 0 if never measured."""
     load: int = 0
