@@ -24,7 +24,7 @@ from meshd.election.ranking import (
 )
 from meshd.election.words import Standing
 from meshd.ids import ModelId, NodeId
-from meshd.view import ClaimState, Deployment
+from meshd.view import ClaimState, Deployment, Suits
 
 _NAMED = 3
 """Other nodes named in one line; of the rest only the number is said."""
@@ -78,7 +78,7 @@ def explain(
     everyone = tuple(nodes)
     wanted = wanted_replicas(deployment, demand)
     found = contenders(deployment, everyone)
-    ranking = rank(deployment, everyone) if wanted else ()
+    ranking = rank(deployment, everyone)
     standing, gap = found[:wanted], max(0, wanted - len(found))
     plans = [
         *(_host(c) for c in standing),
@@ -138,14 +138,15 @@ def _candidate(ranking: Sequence[Ranked], place: int, gap: int) -> NodePlan:
     node, bid, why = own.node, own.bid, merit(own.bid)
     if place:
         why = f"{behind(ranking[0].bid, bid)} ({why})"
-    verdict = Verdict.NEXT if place < gap else Verdict.STANDS_BY
+    swap_too_soon = bid.suits is Suits.SWAP and ranking[0].bid.suits is Suits.YES
+    verdict = Verdict.NEXT if place < gap and not swap_too_soon else Verdict.STANDS_BY
     needs, free = bid.needs_bytes, bid.free_bytes
     return NodePlan(node.node, node.name, verdict, why, own.score, None, needs, free)
 
 
 def _other(node: Standing, deployment: Deployment) -> NodePlan:
     claim, bid = node.claims.get(deployment.model), current_bid(node, deployment)
-    why = not_ranked(node, deployment) or "nobody is wanted"
+    why = not_ranked(node, deployment) or "not wanted"
     verdict = Verdict.CANNOT
     if claim is not None and claim.state is not ClaimState.FAILED:
         verdict = Verdict.LEAVES
