@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine
 from typing import Any, Final, Protocol
 
 from meshd.config import Config
@@ -23,7 +23,7 @@ from meshd.errors import (
     NotIssuer,
     PeerUnreachable,
 )
-from meshd.ids import MeshId, NodeId
+from meshd.ids import MeshId, ModelId, NodeId
 from meshd.kernel import Pool, Service
 from meshd.peers.bulk.handover import credentials_of
 from meshd.peers.bulk.words import Credentials
@@ -43,7 +43,7 @@ from meshd.peers.trust.membership import Grant, Membership
 from meshd.peers.trust.trust import Trust
 from meshd.peers.trust.wire import KnownPeer
 from meshd.peers.wishes import Wishes, check_wishes, read_wishes
-from meshd.view import Deployment, MeshState, MeshView, Role, Target
+from meshd.view import MeshState, MeshView, Role, Target
 
 log = logging.getLogger(__name__)
 
@@ -329,11 +329,11 @@ class MeshService(Service):
             raise PeerUnreachable("this node belongs to no mesh any more")
         return await self._session.connect(target, make_protocol)
 
-    def deployed(self, records: Sequence[Deployment]) -> None:
-        """They were written here: tell the others. Alone it is nobody's news; who links up later
-        finds out by the digest of the table."""
+    def deployed(self, models: Collection[ModelId]) -> None:
+        """Their deployments were written here: tell the others. Who links up later finds out by
+        the digest of the table."""
         if self._session is not None:
-            self._session.deploying.spread(records)
+            self._session.deploying.spread(models)
 
     def gossip_bytes(self) -> tuple[int, int]:
         return (0, 0) if self._session is None else self._session.gossip_bytes()

@@ -1,7 +1,7 @@
-"""What nodes say of who hosts what, as JSON: bids and claims in adverts, deployments in frames.
+"""What a node says of what it hosts or could host, as JSON in its advert: bids and claims. Pure.
 
-Pure. Everything that is read is bounded, and unknown fields are ignored. What is written is as
-short as it can be: fields that have their usual value are left out.
+Everything that is read is bounded, and unknown fields are ignored. What is written is as short as
+it can be: fields that have their usual value are left out.
 """
 
 from __future__ import annotations
@@ -11,23 +11,20 @@ from typing import Annotated, Any, Final
 
 from pydantic import Field, StringConstraints
 
-from meshd.ids import ModelId, NodeId
-from meshd.peers.trust.wire import Node, WireModel, read
-from meshd.view import Bid, Cause, Claim, ClaimState, Deployment, Suits
+from meshd.ids import ModelId
+from meshd.peers.trust.wire import WireModel
+from meshd.view import Bid, Claim, ClaimState, Suits
 
 MAX_BIDS: Final = 256
 MAX_CLAIMS: Final = 256
 MAX_REASON_CHARS: Final = 240
 """Of a bid or claim that is written; longer ones are cut. Four times that is read."""
-MAX_RECORDS: Final = 32
-"""Deployments in one frame: 170 KiB of the longest there may be, usually 8."""
-MAX_REPLICAS: Final = 4096
 
 Counter = Annotated[int, Field(ge=0, lt=1 << 53)]
 """JSON numbers are exact up to there."""
 Sixteenths = Annotated[int, Field(ge=0, le=15)]
-Model = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]{1,256}$")]
-"""A name without control characters: it comes to people's terminals."""
+Model = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+"""No narrower than the name of a deployment may be: nodes bid for all there are."""
 Reason = Annotated[str, StringConstraints(max_length=1024)]
 
 _SUITS_ORDER: Final = (Suits.YES, Suits.SWAP, Suits.NO)
@@ -120,63 +117,6 @@ def claims_to_wire(claims: Iterable[Claim]) -> list[dict[str, Any]]:
         )
         for claim in kept
     ]
-
-
-class DeploymentRecord(WireModel):
-    model: Model
-    ref: Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]{0,1024}$")]
-    version: Counter
-    origin: Node
-    replicas: Annotated[int, Field(ge=1, le=MAX_REPLICAS)] | None = 1
-    context: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
-    parallel: Annotated[int, Field(ge=1, le=65_536)] | None = None
-    host: Node | None = None
-    cause: Annotated[Cause, Field(strict=False)] = Cause.OPERATOR
-    asleep: bool = False
-    removed: bool = False
-
-    def to_view(self) -> Deployment:
-        return Deployment(
-            model=ModelId(self.model),
-            ref=self.ref,
-            version=self.version,
-            origin=NodeId(self.origin),
-            replicas=self.replicas,
-            context=self.context,
-            parallel=self.parallel,
-            host=None if self.host is None else NodeId(self.host),
-            cause=self.cause,
-            asleep=self.asleep,
-            removed=self.removed,
-        )
-
-
-class _Records(WireModel):
-    entries: Annotated[tuple[DeploymentRecord, ...], Field(max_length=MAX_RECORDS, strict=False)]
-
-
-def record_to_wire(record: Deployment) -> dict[str, Any]:
-    """None of `replicas` is a word of its own, demand decides, and always written."""
-    return {
-        "model": record.model,
-        "ref": record.ref,
-        "version": record.version,
-        "origin": record.origin,
-        "replicas": record.replicas,
-        "cause": record.cause.value,
-    } | _short(
-        context=record.context,
-        parallel=record.parallel,
-        host=record.host,
-        asleep=record.asleep,
-        removed=record.removed,
-    )
-
-
-def records_from_wire(entries: object) -> tuple[Deployment, ...]:
-    """The deployments of one frame. Raises ProtocolError."""
-    found = read(_Records, {"entries": entries}, "deployments").entries
-    return tuple(entry.to_view() for entry in found)
 
 
 def _short(**fields: Any) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from meshd.config import Config, PeerSettings
+from meshd.election.deployments import DeploymentBook, Rejected, Written
+from meshd.election.sharing import SharedDeployments
 from meshd.ids import InstanceId, ModelId, NodeId
 from meshd.kernel import Board, FlightRecorder, MonotonicClock, Pool
 from meshd.peers.links.channel import FrameChannel
@@ -24,6 +26,7 @@ from meshd.peers.trust.identity import load_or_create
 from meshd.peers.trust.membership import Grant, Membership
 from meshd.peers.trust.trust import Trust
 from meshd.view import (
+    Deployment,
     HostView,
     ModelState,
     ModelView,
@@ -90,6 +93,7 @@ class Station:
         self.port = 0
         self.carrier: tuple[str, ...] = ()
         self.serve_bulk: Callable[[NodeId, Open], dict[str, Any]] = _nothing_in_bulk
+        self.deployments = DeploymentBook()
 
     @property
     def id(self) -> NodeId:
@@ -129,6 +133,7 @@ class Station:
             serve_api=self._serve,
             carrier=self.carrier,
             serve_bulk=self._serve_bulk,
+            deployments=SharedDeployments(self.deployments, self._show_deployments),
         )
         role = membership.role
         self.session = Session(trust, role, self.store.next_start(), needs, lambda: (self.address,))
@@ -184,6 +189,24 @@ class Station:
         proof = ProofView("runtime", problem is None, time.time(), ("seen",), problem=problem)
         runtime = RuntimeView("e", backend, "0.5", None, "/e", (), proof, built_for="cuda")
         self.board.publish(replace(self.board.current, runtime=runtime))
+
+    def deploy(self, name: str, *, tell: bool = True, **options: Any) -> Deployment:
+        """Write a deployment here; without `tell` as if all that was sent of it was lost."""
+        written = self.deployments.load(ModelId(name), f"owner/{name}", self.id, **options)
+        return self._deployed(written, tell)
+
+    def undeploy(self, name: str, *, tell: bool = True) -> Deployment:
+        return self._deployed(self.deployments.unload(ModelId(name), self.id), tell)
+
+    def _deployed(self, written: Written | Rejected, tell: bool) -> Deployment:
+        assert isinstance(written, Written), written
+        self._show_deployments((written.record,))
+        if tell:
+            self.session.deploying.spread((written.record.model,))
+        return written.record
+
+    def _show_deployments(self, _: tuple[Deployment, ...]) -> None:
+        self.board.publish(replace(self.board.current, deployments=self.deployments.records))
 
     def set_state(self, state: NodeState) -> None:
         view = self.board.current

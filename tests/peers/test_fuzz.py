@@ -135,6 +135,8 @@ def samples(victim: Station, evil: Station) -> list[dict[str, Any]]:
     a, b = victim.id, evil.id
     statement = evil.session._statement
     envelope = evil.session.telling._envelope
+    entry = {"model": "m", "ref": "owner/m", "version": 1, "origin": b, "replicas": None}
+    stamp = {"model": "m", "version": 1, "origin": b, "mark": "0" * 16}
     messages = (
         Ping(1, (statement, Suspect(a, 1, b))),
         PingReq(2, a, (Dead(a, 1 << 40, b),)),
@@ -148,6 +150,10 @@ def samples(victim: Station, evil: Station) -> list[dict[str, Any]]:
         {"t": "want", "nodes": [a, b]},
         {"t": "load", "s": {"~x": 3}},
         {"t": "deny", "entries": []},
+        {"t": "deployed", "digest": "0" * 16},
+        {"t": "deploy", "entries": [entry, {**entry, "version": 1 << 52, "host": b}]},
+        {"t": "stamps", "of": {"after": "", "until": "m", "entries": [stamp]}},
+        {"t": "lacking", "models": ["m", "of-old"]},
         {"t": "renew", "csr": "-----BEGIN CERTIFICATE REQUEST-----"},
         {"t": "renewed", "certificate": "x"},
         {"t": "echo", "n": [1, {"a": "b"}]},
