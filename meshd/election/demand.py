@@ -39,6 +39,8 @@ FAINT_LOAD: Final = 0.01
 """Slots; a second of work in a hundred."""
 MAX_MODELS: Final = 1024
 """Models counted here, and of each other node. Full-policy: those with the least load go."""
+MAX_LOAD: Final = 65_536.0
+"""Slots that one node's clients can be said to keep busy of one model."""
 _RATE_PER_COUNT: Final = math.log(2) / HALF_LIFE_S
 
 
@@ -124,9 +126,11 @@ class Demand:
         return MappingProxyType({m: a.told for m, a in self._asked.items() if a.told > 0})
 
     def hear(self, origin: NodeId, loads: Mapping[ModelId, float]) -> None:
-        """What another node tells, instead of what it told before (4)."""
-        heaviest = sorted(loads, key=lambda model: (-loads[model], model))[:MAX_MODELS]
-        self._heard[origin] = {model: loads[model] for model in heaviest if loads[model] > 0}
+        """What another node tells, instead of what it told before (4). What is no load counts as
+        none, and more than `MAX_LOAD` as that."""
+        told = {model: min(load, MAX_LOAD) for model, load in loads.items() if load > 0}
+        heaviest = sorted(told, key=lambda model: (-told[model], model))[:MAX_MODELS]
+        self._heard[origin] = {model: told[model] for model in heaviest}
 
     def keep_only(self, origins: Iterable[NodeId]) -> None:
         """Other nodes that are alive or suspected; the clients of all others are gone (4)."""

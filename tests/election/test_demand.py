@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshd.election import demand as demand_module
-from meshd.election.demand import FAINT_LOAD, HALF_LIFE_S, TOLD_CHANGE, DecayedSum, Demand
+from meshd.election.demand import FAINT_LOAD, HALF_LIFE_S, MAX_LOAD, TOLD_CHANGE, DecayedSum, Demand
 from meshd.ids import ModelId
 from tests.election.records import NODES
 
@@ -109,6 +109,14 @@ def test_the_loads_of_all_nodes_add_up() -> None:
     assert demand.load(N, 900.0) == 0.0
     demand.keep_only([ELSEWHERE])
     assert demand.load(M, 900.0) == pytest.approx(2.5, rel=0.02)
+
+
+def test_what_is_no_load_counts_as_none() -> None:
+    demand = Demand()
+    demand.hear(THERE, {M: float("nan"), N: -3.0})
+    assert (demand.load(M, 0.0), demand.load(N, 0.0)) == (0.0, 0.0)
+    demand.hear(THERE, {M: float("inf")})
+    assert demand.load(M, 0.0) == MAX_LOAD
 
 
 def test_a_load_that_moves_a_little_is_told_the_same() -> None:
