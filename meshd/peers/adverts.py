@@ -189,9 +189,7 @@ def describe(view: View, name: str, role: Role) -> dict[str, Any]:
     body["weights"] = list(digests)[:MAX_WEIGHTS]
     body["bids"] = bids_to_wire(view.bids)
     body["claims"] = claims_to_wire(view.claims)
-    served = sum(model["instance"] is not None for model in models)
-    for part, least in (("models", served), ("bids", 0), ("models", 0), ("claims", 0)):
-        _make_fit(body, part, least)
+    _make_fit(body)
     return body
 
 
@@ -281,10 +279,30 @@ def slots_from_wire(value: Any) -> dict[str, int]:
     return {k: n for k, n in rows if len(k) <= 256 and type(n) is int and 0 <= n <= 65_536}
 
 
-def _make_fit(body: dict[str, Any], part: str, least: int) -> None:
-    """Leave out the last rows of a part until the advert fits, or only `least` are left."""
-    while len(body[part]) > least and len(orjson.dumps(body)) > MAX_BODY_BYTES:
+def _make_fit(body: dict[str, Any]) -> None:
+    """Full-policy of an advert: models that are not served go first, then reasons, which are for
+    people, and claims last: a claim nobody hears of makes two hosts. Of a list the first rows
+    stay."""
+    served = sum(model["instance"] is not None for model in body["models"])
+    _cut(body, "models", served)
+    for part in ("bids", "claims"):
+        _cut_reasons(body, part)
+    for part in ("bids", "weights", "models", "claims"):
+        _cut(body, part)
+
+
+def _cut(body: dict[str, Any], part: str, least: int = 0) -> None:
+    while len(body[part]) > least and not _fits(body):
         body[part] = body[part][: max(least, len(body[part]) // 2)]
+
+
+def _cut_reasons(body: dict[str, Any], part: str) -> None:
+    if not _fits(body):
+        body[part] = [{k: v for k, v in row.items() if k != "reason"} for row in body[part]]
+
+
+def _fits(body: dict[str, Any]) -> bool:
+    return len(orjson.dumps(body)) <= MAX_BODY_BYTES
 
 
 def _proof(runtime: RuntimeView) -> dict[str, Any]:

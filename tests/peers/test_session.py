@@ -24,7 +24,18 @@ from meshd.peers.links.links import ControlLink
 from meshd.peers.protocol import ALPN_CTL, ALPN_RAW
 from meshd.peers.swim.gossip import Dead, Gossip
 from meshd.peers.trust.certificates import certificate_der
-from meshd.view import MeshState, NodeState, PeerState, Role, WeightsView
+from meshd.view import (
+    Bid,
+    Claim,
+    ClaimState,
+    MeshState,
+    NodeState,
+    PeerState,
+    Role,
+    Suits,
+    View,
+    WeightsView,
+)
 from tests.peers.station import EchoBack, Station
 
 Maker = Callable[..., Awaitable[Station]]
@@ -113,6 +124,42 @@ async def test_the_weights_a_node_holds_are_known_to_the_others(make: Maker) -> 
     await b.until(lambda: b.peer(a).weights == {held.digest}, "a's weights")  # type: ignore[union-attr]
     a.board.publish(replace(a.board.current, weights=()))
     await b.until(lambda: not b.peer(a).weights, "their end")  # type: ignore[union-attr]
+
+
+async def test_bids_and_claims_of_members_are_known_to_the_others(make: Maker) -> None:
+    a = await make("a")
+    b, client = await make("b", a), await make("client", a, Role.CLIENT)
+    await all_see_all(a, b, client)
+    bid = Bid(ModelId("m"), 7, Suits.YES, "fits", weights=True, headroom=12)
+    claim = Claim(ModelId("m"), 3, ClaimState.PREPARING, 1 << 40, "loading")
+    for station in (a, client):
+        station.board.publish(replace(station.board.current, bids=(bid,), claims=(claim,)))
+    await b.until(lambda: b.peer(a).claims == (claim,), "a's claim")  # type: ignore[union-attr]
+    await client.heard_by(b)
+    assert b.peer(a).bids == (bid,)  # type: ignore[union-attr]
+    assert (b.peer(client).bids, b.peer(client).claims) == ((), ())  # type: ignore[union-attr]
+    a.board.publish(replace(a.board.current, bids=(), claims=()))
+    await b.until(lambda: not b.peer(a).claims, "their end")  # type: ignore[union-attr]
+
+
+async def test_a_claim_does_not_wait_for_an_advert_that_may(make: Maker) -> None:
+    a = await make("a")
+    said = a.session.telling
+
+    def bids(version: int) -> View:
+        return replace(a.board.current, bids=(Bid(ModelId("m"), version, Suits.YES),))
+
+    a.set_state(NodeState.DRAINING)  # urgent: the pause for what is not begins now
+    before = said.version
+    a.board.publish(bids(1))
+    assert said.version == before, "told at once, though it may wait"
+    claim = Claim(ModelId("m"), 1, ClaimState.PREPARING, 5)
+    ready = replace(claim, state=ClaimState.READY)
+    a.board.publish(replace(bids(1), claims=(claim,)))
+    a.board.publish(replace(bids(1), claims=(ready,)))
+    assert said.version == before + 2
+    a.board.publish(replace(bids(1), claims=(replace(ready, reason="noise"),)))
+    assert said.version == before + 2
 
 
 async def test_a_gpu_that_is_lost_is_lost_everywhere_within_seconds(make: Maker) -> None:

@@ -1,0 +1,218 @@
+"""Bids and claims in adverts: what goes out comes in again, bounded, and the claims to the last."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from meshd.ids import InstanceId, ModelId, NodeId
+from meshd.peers.adverts import MAX_BODY_BYTES, Advert, AdvertBook, describe
+from meshd.peers.picture import Standing, picture
+from meshd.peers.placement import (
+    MAX_BIDS,
+    MAX_CLAIMS,
+    MAX_REASON_CHARS,
+    AdvertBid,
+    AdvertClaim,
+    bids_to_wire,
+    claims_to_wire,
+)
+from meshd.view import (
+    Bid,
+    Claim,
+    ClaimState,
+    HostView,
+    ModelState,
+    ModelView,
+    NodeState,
+    NodeView,
+    PeerState,
+    Role,
+    Suits,
+    Target,
+    View,
+)
+
+A, B = NodeId("a" * 52), NodeId("b" * 52)
+M = ModelId("m")
+BID = Bid(M, 7, Suits.YES, "fits", True, 4 << 30, 16 << 30, 12, 6, 1)
+CLAIM = Claim(M, 3, ClaimState.READY, 1 << 47, "weights on disk")
+
+names = st.text(min_size=1, max_size=256).map(ModelId)
+counters = st.integers(0, (1 << 53) - 1)
+sixteenths = st.integers(0, 15)
+reasons = st.text(max_size=MAX_REASON_CHARS)
+bids = st.builds(
+    Bid, names, counters, st.sampled_from(Suits), reasons, st.booleans(), counters, counters,
+    sixteenths, st.integers(0, 63), sixteenths,
+)  # fmt: skip
+claims = st.builds(
+    Claim, names, counters, st.sampled_from(ClaimState), counters, reasons,
+    st.none() | st.integers(1, 300).map(float),
+)  # fmt: skip
+
+
+def view(*, models: int = 0, idle: int = 0, **said: Any) -> View:
+    node = NodeView(A, "one", "0.1", "member", NodeState.READY, 0.0, "127.0.0.1:9337", None)
+    served = {
+        name: ModelView(
+            name,
+            "r" * 500,
+            ModelState.READY,
+            hosts=(HostView("one", A, 1, ModelState.READY, 512, 2, 2),),
+            targets=(Target(name, "one", InstanceId(f"~{name}"), "/run/x", 2),),
+        )
+        for name in (ModelId(f"served{n}") for n in range(models))
+    }
+    others = {
+        name: ModelView(name, "r" * 500, ModelState.ABSENT, "w" * 500)
+        for name in (ModelId(f"idle{n}") for n in range(idle))
+    }
+    return View(node=node, local=others | served, **said)
+
+
+def told(
+    body: dict[str, Any], role: Role = Role.MEMBER
+) -> tuple[tuple[Bid, ...], tuple[Claim, ...]]:
+    """Bids and claims as another node's view shows them."""
+    book = AdvertBook()
+    advert = Advert.model_validate(orjson.loads(orjson.dumps({**body, "role": role.value})))
+    assert book.put(A, 1, advert, {})
+    _, (peer,) = picture({A: Standing(PeerState.ALIVE, ())}, book, {}, B, "two")
+    return peer.bids, peer.claims
+
+
+@given(bids)
+def test_a_bid_comes_out_as_it_went_in(bid: Bid) -> None:
+    (wire,) = orjson.loads(orjson.dumps(bids_to_wire([bid])))
+    assert AdvertBid.model_validate(wire).to_view() == bid
+
+
+@given(claims)
+def test_a_claim_comes_out_as_it_went_in(claim: Claim) -> None:
+    (wire,) = orjson.loads(orjson.dumps(claims_to_wire([claim])))
+    assert AdvertClaim.model_validate(wire).to_view() == claim
+
+
+def test_other_nodes_see_them() -> None:
+    body = describe(view(bids=(BID,), claims=(CLAIM,)), "one", Role.MEMBER)
+    assert told(body) == ((BID,), (CLAIM,))
+
+
+def test_what_says_the_same_is_the_same_advert() -> None:
+    """Order and decimals are no news."""
+    other = replace(BID, model=ModelId("n"))
+    failed = Claim(M, 3, ClaimState.FAILED, 5, "out of memory", 10.0)
+    one = describe(view(bids=(BID, other), claims=(failed,)), "one", Role.MEMBER)
+    again = replace(failed, retry_in_s=9.6)
+    assert describe(view(bids=(other, BID), claims=(again,)), "one", Role.MEMBER) == one
+
+
+def test_a_client_neither_says_them_nor_is_believed() -> None:
+    said = view(bids=(BID,), claims=(CLAIM,))
+    assert not {"bids", "claims"} & describe(said, "one", Role.CLIENT).keys()
+    assert told(describe(said, "one", Role.MEMBER), Role.CLIENT) == ((), ())
+
+
+def test_the_last_one_of_a_model_counts() -> None:
+    body = describe(view(bids=(BID,), claims=(CLAIM,)), "one", Role.MEMBER)
+    later = {**body["claims"][0], "epoch": 4}
+    assert told({**body, "claims": [*body["claims"], later]})[1] == (replace(CLAIM, epoch=4),)
+
+
+def test_they_go_with_the_advert_they_came_with() -> None:
+    book = AdvertBook()
+    body = describe(view(bids=(BID,), claims=(CLAIM,)), "one", Role.MEMBER)
+    assert book.put(A, 1, Advert.model_validate(body), {})
+    assert not book.put(A, 1, Advert.model_validate({**body, "bids": []}), {})
+    assert book.placement(A) == ((BID,), (CLAIM,))
+    assert book.put(A, 2, Advert.model_validate({**body, "bids": []}), {})
+    assert book.placement(A) == ((), (CLAIM,))
+    book.forget(A)
+    assert book.placement(A) == ((), ())
+
+
+def test_of_too_many_the_ones_that_matter_most_stay() -> None:
+    no = [replace(BID, model=ModelId(f"a{n}"), suits=Suits.NO) for n in range(MAX_BIDS)]
+    kept = bids_to_wire([*no, replace(BID, suits=Suits.SWAP), BID])
+    assert len(kept) == MAX_BIDS
+    assert [bid["suits"] for bid in kept[:3]] == ["yes", "swap", "no"]
+    lost = [Claim(ModelId(f"a{n}"), 1, ClaimState.FAILED, 0) for n in range(MAX_CLAIMS)]
+    order = [ClaimState.DRAINING, ClaimState.PREPARING, ClaimState.READY]
+    kept = claims_to_wire([*lost, *(replace(CLAIM, state=state) for state in order)])
+    assert len(kept) == MAX_CLAIMS
+    assert [claim["state"] for claim in kept[:4]] == ["ready", "preparing", "draining", "failed"]
+
+
+def test_reasons_are_cut() -> None:
+    (bid,) = bids_to_wire([replace(BID, reason="x" * 5000)])
+    (claim,) = claims_to_wire([replace(CLAIM, reason="x" * 5000)])
+    assert len(bid["reason"]) == len(claim["reason"]) == MAX_REASON_CHARS
+
+
+def crowd(count: int, reason: str) -> dict[str, Any]:
+    return {
+        "bids": tuple(replace(BID, model=ModelId(f"m{n}"), reason=reason) for n in range(count)),
+        "claims": tuple(
+            replace(CLAIM, model=ModelId(f"m{n}"), reason=reason) for n in range(count)
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    ("count", "reason", "idle", "bids_kept"),
+    [(40, "x" * 200, 100, 40), (100, "x" * 240, 100, 100), (256, "x" * 240, 100, 0)],
+    ids=["idle models go", "reasons go", "bids go"],
+)
+def test_claims_and_what_is_served_stay_when_an_advert_is_too_large(
+    count: int, reason: str, idle: int, bids_kept: int
+) -> None:
+    body = describe(view(models=5, idle=idle, **crowd(count, reason)), "one", Role.MEMBER)
+    assert len(orjson.dumps(body)) <= MAX_BODY_BYTES
+    assert len(body["claims"]) == count
+    assert sum(model["instance"] is not None for model in body["models"]) == 5
+    assert len(body["bids"]) >= bids_kept
+    Advert.model_validate(body)
+
+
+def test_claims_go_last_and_even_the_longest_names_fit() -> None:
+    names = [f"{n:03d}" + "\1" * 253 for n in range(MAX_CLAIMS)]
+    lots = tuple(replace(CLAIM, model=ModelId(name)) for name in names)
+    body = describe(view(models=5, claims=lots), "one", Role.MEMBER)
+    assert len(orjson.dumps(body)) <= MAX_BODY_BYTES
+    assert body["models"] == []
+    assert len(body["claims"]) >= 16
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bids": [{"model": "m", "version": 1}]},
+        {"bids": [{"model": "", "version": 1, "suits": "yes"}]},
+        {"bids": [{"model": "m" * 257, "version": 1, "suits": "yes"}]},
+        {"bids": [{"model": "m", "version": 1 << 53, "suits": "yes"}]},
+        {"bids": [{"model": "m", "version": -1, "suits": "yes"}]},
+        {"bids": [{"model": "m", "version": 1, "suits": "perhaps"}]},
+        {"bids": [{"model": "m", "version": 1, "suits": "yes", "headroom": 16}]},
+        {"bids": [{"model": "m", "version": 1, "suits": "yes", "load": -1}]},
+        {"bids": [{"model": "m", "version": 1, "suits": "yes", "speed": 64}]},
+        {"bids": [{"model": "m", "version": 1, "suits": "yes", "free_bytes": 1.5}]},
+        {"bids": [{"model": "m", "version": 1, "suits": "yes", "reason": "x" * 1025}]},
+        {"bids": [{"model": "m", "version": 1, "suits": "yes"}] * (MAX_BIDS + 1)},
+        {"claims": [{"model": "m", "epoch": 1, "state": "ready"}]},
+        {"claims": [{"model": "m", "epoch": 1 << 53, "state": "ready", "score": 1}]},
+        {"claims": [{"model": "m", "epoch": True, "state": "ready", "score": 1}]},
+        {"claims": [{"model": "m", "epoch": 1, "state": "king", "score": 1}]},
+        {"claims": [{"model": "m", "epoch": 1, "state": "failed", "score": 1, "retry_in_s": -1}]},
+        {"claims": [{"model": "m", "epoch": 1, "state": "ready", "score": 1}] * (MAX_CLAIMS + 1)},
+    ],
+)
+def test_malformed_ones_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Advert.model_validate({**describe(view(), "one", Role.MEMBER), **change})
