@@ -7,7 +7,11 @@ set -euo pipefail
 version=$1
 image=/src/packaging/image
 rows=()
-say() { rows+=("$(printf '%-34s %5s s  %s' "$1" "$SECONDS" "$2")"); SECONDS=0; }
+say() { # STEP WORDS: a row of the table, and at once for those who watch
+  rows+=("$(printf '%-34s %5s s  %s' "$1" "$SECONDS" "$2")")
+  echo "${rows[-1]}" >&2
+  SECONDS=0
+}
 fail() { echo "stages.sh: $*" >&2; exit 1; }
 export PIP_NO_INDEX=1 PIP_FIND_LINKS=/wheels PIP_ROOT_USER_ACTION=ignore
 SECONDS=0
@@ -29,7 +33,7 @@ say 'stage meshd' "$(/opt/meshd/venv/bin/meshd version | head -n 1)"
 # is no GPU.
 $image/user.sh 9337
 cp $image/entrypoint.sh /opt/meshd/
-export PATH=/opt/meshd/venv/bin:$PATH PYTHONUNBUFFERED=1 TINI_SUBREAPER=1
+export PATH=/opt/meshd/venv/bin:$PATH PYTHONUNBUFFERED=1
 export HOME=/var/lib/meshd MESHD_DATA_DIR=/var/lib/meshd
 export XDG_CACHE_HOME=/var/cache/meshd HF_HOME=/var/cache/meshd/huggingface
 export MESHD_REQUIRE_GPU=false MESHD_RUNTIME_DIR=/engine MESHD_MDNS=false
