@@ -1,7 +1,10 @@
-"""GGUF models of many architectures, with random weights: small, but shaped like the real ones."""
+"""GGUF models of many architectures, shaped like real ones: small ones with random weights, and
+sparse files as large as the real ones that take no room on disk."""
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +18,21 @@ Tensors = Iterator[tuple[str, tuple[int, ...]]]
 
 CONV, STATE, DT_RANK = 4, 16, 32
 """Of recurrent layers: taps of the convolution, numbers of state a channel, rank of the step."""
-LATENT, LATENT_QUERY, ROPE, PLAIN, HEAD = 256, 192, 32, 64, 64
-"""Of MLA: ranks of keys with values and of queries, rotated and plain part of a key, a value."""
+ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Of MLA; numbers of elements."""
+
+    keys: int = 256
+    """What is kept of keys and values of all heads."""
+    queries: int = 192
+    rotated: int = 32
+    plain: int = 64
+    """Part of a head's key that is not rotated."""
+    value: int = 64
 
 
 @dataclass(frozen=True)
@@ -39,6 +54,8 @@ class Recipe:
     window: int = 0
     attention_every: int = 0
     """Of hybrids: each n-th layer attends, the others recur."""
+    latent: Latent = Latent()
+    """Of deepseek2."""
     weights: str = "F16"
     tied: bool = False
     """The output layer is the embedding."""
@@ -75,6 +92,25 @@ def write_shape(path: Path, recipe: Recipe, *, seed: int = 1) -> Path:
     return path
 
 
+def write_sparse(path: Path, recipe: Recipe) -> Path:
+    """The same with F16 weights that are all zero and take no room on disk."""
+    writer = gguf.GGUFWriter(path, recipe.architecture)
+    _write_keys(writer, recipe)
+    _write_vocabulary(writer, recipe.vocabulary)
+    end = 0
+    for name, dimensions in _tensors(recipe):
+        kind = np.dtype(np.float32 if _is_exact(name, dimensions) else np.float16)
+        size = math.prod(dimensions) * kind.itemsize
+        writer.add_tensor_info(name, dimensions[::-1], kind, size)
+        end += -(-size // ALIGNMENT) * ALIGNMENT
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    os.truncate(path, path.stat().st_size + ALIGNMENT + end)
+    return path
+
+
 def _is_exact(name: str, dimensions: tuple[int, ...]) -> bool:
     """Small tensors stay F32, as converters leave them."""
     inexact = len(dimensions) > 1 and name.endswith(".weight")
@@ -106,14 +142,15 @@ def _write_keys(writer: Any, recipe: Recipe) -> None:
 def _write_attention(writer: Any, recipe: Recipe) -> None:
     writer.add_head_count(recipe.heads)
     if recipe.architecture == "deepseek2":
+        latent = recipe.latent
         writer.add_head_count_kv(1)
-        writer.add_key_length(LATENT + ROPE)
-        writer.add_value_length(LATENT)
-        writer.add_key_length_mla(PLAIN + ROPE)
-        writer.add_value_length_mla(HEAD)
-        writer.add_q_lora_rank(LATENT_QUERY)
-        writer.add_kv_lora_rank(LATENT)
-        writer.add_rope_dimension_count(ROPE)
+        writer.add_key_length(latent.keys + latent.rotated)
+        writer.add_value_length(latent.keys)
+        writer.add_key_length_mla(latent.plain + latent.rotated)
+        writer.add_value_length_mla(latent.value)
+        writer.add_q_lora_rank(latent.queries)
+        writer.add_kv_lora_rank(latent.keys)
+        writer.add_rope_dimension_count(latent.rotated)
         writer.add_leading_dense_block_count(1)
         writer.add_expert_shared_count(1)
         return
@@ -168,14 +205,15 @@ def _attention(recipe: Recipe) -> Tensors:
 
 
 def _latent_attention(recipe: Recipe) -> Tensors:
-    yield "attn_q_a_norm.weight", (LATENT_QUERY,)
-    yield "attn_kv_a_norm.weight", (LATENT,)
-    yield "attn_q_a.weight", (recipe.width, LATENT_QUERY)
-    yield "attn_q_b.weight", (LATENT_QUERY, recipe.heads * (PLAIN + ROPE))
-    yield "attn_kv_a_mqa.weight", (recipe.width, LATENT + ROPE)
-    yield "attn_k_b.weight", (PLAIN, LATENT, recipe.heads)
-    yield "attn_v_b.weight", (LATENT, HEAD, recipe.heads)
-    yield "attn_output.weight", (recipe.heads * HEAD, recipe.width)
+    latent, heads = recipe.latent, recipe.heads
+    yield "attn_q_a_norm.weight", (latent.queries,)
+    yield "attn_kv_a_norm.weight", (latent.keys,)
+    yield "attn_q_a.weight", (recipe.width, latent.queries)
+    yield "attn_q_b.weight", (latent.queries, heads * (latent.plain + latent.rotated))
+    yield "attn_kv_a_mqa.weight", (recipe.width, latent.keys + latent.rotated)
+    yield "attn_k_b.weight", (latent.plain, latent.keys, heads)
+    yield "attn_v_b.weight", (latent.keys, latent.value, heads)
+    yield "attn_output.weight", (heads * latent.value, recipe.width)
 
 
 def _recurrence(recipe: Recipe) -> Tensors:

@@ -10,17 +10,19 @@ import pytest
 
 from meshd.cache.gguf_header import parse_header
 from meshd.cache.shape import shape_of
-from meshd.election.fit import estimate, observed
+from meshd.election.fit import Estimate, estimate, observed
 from meshd.ids import InstanceId, ModelId
 from meshd.runtime.launch import LaunchSpec, server_argv
 from meshd.runtime.reported import VERBOSITY, MemoryHeard, MemoryReport
 from meshd.view.shape import ModelShape
-from tests.shapes import Recipe, write_shape
+from tests.shapes import Latent, Recipe, write_shape, write_sparse
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 MIB = 1 << 20
 TOLERANCE = 0.10
+HEADER_BYTES = 32 * MIB
+"""More than any header made here has."""
 
 RECIPES = {
     "llama": Recipe("llama"),
@@ -54,6 +56,33 @@ RECIPES = {
     "mamba": Recipe("mamba", layers=6),
     "jamba": Recipe("jamba", layers=6, attention_every=3, kv_heads=2),
 }
+REAL = {
+    "Llama 3 8B": Recipe("llama", 2, 4096, heads=32, kv_heads=8, feed_forward=14_336),
+    "Mixtral 8x7B": Recipe(
+        "llama", 2, 4096, heads=32, kv_heads=8, feed_forward=14_336, experts=4, experts_used=2
+    ),
+    "Qwen2.5 7B": Recipe("qwen2", 2, 3584, heads=28, kv_heads=4, feed_forward=18_944),
+    "Qwen3 30B A3B": Recipe(
+        "qwen3moe", 2, 2048, heads=32, kv_heads=4, head=128,
+        experts=32, experts_used=8, expert_ff=768,
+    ),
+    "gpt-oss 20B": Recipe(
+        "gpt-oss", 2, 2880, heads=64, kv_heads=8, head=64, window=128,
+        experts=8, experts_used=4, expert_ff=2880,
+    ),
+    "Gemma 2 9B": Recipe(
+        "gemma2", 2, 3584, heads=16, kv_heads=8, head=256, feed_forward=14_336, window=4096,
+        tied=True,
+    ),
+    "Phi 3 mini": Recipe("phi3", 2, 3072, heads=32, kv_heads=32, feed_forward=8192),
+    "DeepSeek V3": Recipe(
+        "deepseek2", 2, 7168, heads=128, feed_forward=18_432, experts=9, experts_used=8,
+        expert_ff=2048, latent=Latent(512, 1536, 64, 128, 128),
+    ),
+    "Mamba 2.8B": Recipe("mamba", 2, 2560),
+}  # fmt: skip
+"""As wide as real models, with few layers, experts and words: the buffer for computing depends on
+widths alone."""
 SETTINGS = ((1024, 1, "f16"), (5000, 2, "f16"), (4096, 2, "q4_0"), (8192, 4, "q8_0"))
 """Tokens per slot, slots, type of the cache."""
 
@@ -78,26 +107,28 @@ def test_the_estimate_is_what_the_engine_takes(
     assert weights.stat().st_size < 60e6
     shape = _shape_at(weights)
     for context, slots, kv_type in SETTINGS:
-        spec = LaunchSpec(
-            ModelId("m"),
-            str(weights),
-            context,
-            slots,
-            kv_type=kv_type,
-            extra=("--verbosity", str(VERBOSITY)),
-        )
+        spec = LaunchSpec(ModelId("m"), str(weights), context, slots, kv_type=kv_type)
         report = _run(engine_dir, spec, short_dir)
         guess = estimate(shape, context=context, slots=slots, kv_type=kv_type)
-        off = guess.total / report.total - 1
-        table.append(
-            f"| {name} | {context} | {slots} | {kv_type} | {guess.total / MIB:.1f} MiB | "
-            f"{report.total / MIB:.1f} MiB | {off:+.1%} |"
-        )
-        assert abs(off) < TOLERANCE, (guess, report)
+        table.append(_row(name, spec, guess, report))
+        assert guess.total == pytest.approx(report.total, rel=TOLERANCE)
         seen = report.devices["CPU"]
         assert guess.cache == pytest.approx(seen.cache, abs=MIB / 16)
         corrected = observed(guess, report.devices).apply(guess)
         assert corrected.total - seen.total == pytest.approx(guess.weights - seen.weights, abs=MIB)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_estimate_holds_at_real_widths(
+    name: str, short_dir: Path, engine_dir: Path, table: list[str]
+) -> None:
+    weights = write_sparse(short_dir / "m.gguf", REAL[name])
+    spec = LaunchSpec(ModelId("m"), str(weights), 8192, 4, extra=("--no-warmup", "-fit", "off"))
+    report = _run(engine_dir, spec, short_dir)
+    guess = estimate(_shape_at(weights), context=8192, slots=4)
+    table.append(_row(f"as wide as {name}", spec, guess, report))
+    assert guess.total == pytest.approx(report.total, rel=0.01)
+    assert guess.compute == pytest.approx(report.devices["CPU"].compute, rel=TOLERANCE)
 
 
 def test_what_travels_says_the_same(short_dir: Path) -> None:
@@ -108,15 +139,23 @@ def test_what_travels_says_the_same(short_dir: Path) -> None:
         assert ModelShape.from_json(shape.to_json()) == shape
 
 
+def _row(name: str, spec: LaunchSpec, guess: Estimate, report: MemoryReport) -> str:
+    figures = (f"{guess.total / MIB:.1f} MiB", f"{report.total / MIB:.1f} MiB")
+    off = f"{guess.total / report.total - 1:+.1%}"
+    cells = (name, spec.context, spec.parallel, spec.kv_type or "f16", *figures, off)
+    return f"| {' | '.join(map(str, cells))} |"
+
+
 def _shape_at(weights: Path) -> ModelShape:
-    content = weights.read_bytes()
-    return shape_of([parse_header(content, len(content))])
+    with weights.open("rb") as file:
+        return shape_of([parse_header(file.read(HEADER_BYTES), weights.stat().st_size)])
 
 
 def _run(engine_dir: Path, spec: LaunchSpec, cwd: Path) -> MemoryReport:
     """Load the model and listen until it can serve; the process is gone afterwards."""
     heard, last = MemoryHeard(), ""
     argv = server_argv(str(engine_dir / "llama-server"), spec, InstanceId("~1"), "e.sock")
+    argv += ("--verbosity", str(VERBOSITY))
     (cwd / "e.sock").unlink(missing_ok=True)
     process = subprocess.Popen(
         argv, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
