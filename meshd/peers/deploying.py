@@ -73,9 +73,10 @@ class Deploying:
     def spread(self, models: Collection[ModelId], source: ControlLink | None = None) -> None:
         """Their records are news to this node: tell its links (1)."""
         if self._table is not None:
+            entries = list(self._table.entries(models))
             for link in self._links:
                 if link is not source:
-                    self._send_records(self._table, link, models)
+                    self._send(link, entries)
 
     def greet(self, link: ControlLink) -> None:
         """Compare with a node that was linked up to (2); the dialler begins."""
@@ -131,7 +132,7 @@ class Deploying:
         if difference is None:
             raise ProtocolError("stamps of deployments are malformed")
         theirs, ours = difference
-        self._send_records(table, link, theirs)
+        self._send(link, list(table.entries(theirs)))
         for start in range(0, len(ours), MAX_LACKING):
             wanted = list(ours[start : start + MAX_LACKING])
             link.send({"t": "lacking", "models": wanted}, droppable=True)
@@ -139,12 +140,9 @@ class Deploying:
     def _was_asked(self, table: Deployments, link: ControlLink, models: Any) -> None:
         if type(models) is not list or len(models) > MAX_LACKING or not all(map(_is_name, models)):
             raise ProtocolError(f"deployments are asked for by at most {MAX_LACKING} names")
-        self._send_records(table, link, dict.fromkeys(models))
+        self._send(link, list(table.entries(dict.fromkeys(models))))
 
-    def _send_records(
-        self, table: Deployments, link: ControlLink, models: Collection[ModelId]
-    ) -> None:
-        entries = list(table.entries(models))
+    def _send(self, link: ControlLink, entries: list[dict[str, Any]]) -> None:
         self._rng.shuffle(entries)
         for start in range(0, len(entries), MAX_ENTRIES):
             part = entries[start : start + MAX_ENTRIES]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 import time
 import tracemalloc
@@ -16,11 +17,13 @@ import pytest
 
 from meshd.election.deployments import MAX_RECORDS
 from meshd.election.records import to_json
+from meshd.election.sharing import SharedDeployments
 from meshd.errors import ProtocolError
-from meshd.ids import ModelId
-from meshd.kernel import Pool
-from meshd.peers.deploying import DIGEST_EVERY_S, MAX_ENTRIES, MAX_LACKING
+from meshd.ids import ModelId, NodeId
+from meshd.kernel import MonotonicClock, Pool
+from meshd.peers.deploying import DIGEST_EVERY_S, MAX_ENTRIES, MAX_LACKING, Deploying
 from meshd.peers.links.frames import CONTROL_LIMIT, frame
+from meshd.peers.links.links import LinkTable
 from meshd.view import Deployment, Role
 from tests.peers.station import Station
 
@@ -62,6 +65,11 @@ async def has(at: Station, *records: Deployment) -> None:
 
 def shows(at: Station, records: tuple[Deployment, ...]) -> bool:
     return at.board.current.deployments == tuple(sorted(records, key=lambda r: r.model))
+
+
+def never_compares(station: Station) -> None:
+    """But on new links."""
+    station.session.deploying._digest_at = math.inf
 
 
 def made_up(at: Station, count: int, rng: random.Random) -> list[dict[str, Any]]:
@@ -161,11 +169,31 @@ async def test_a_node_that_was_away_learns_and_tells(make: Maker) -> None:
         await has(station, kept, tombstone, fresh, *while_away)
 
 
-async def test_a_newcomer_gets_a_full_table(make: Maker) -> None:
+async def test_a_newcomer_gets_a_full_table_with_its_link(make: Maker) -> None:
+    a = await make("a")
+    never_compares(a)
+    records = [a.deploy(f"m{n:04d}", tell=False) for n in range(MAX_RECORDS)]
+    b = await make("b", a)
+    never_compares(b)
+    await has(b, *records)
+
+
+async def test_who_is_asked_too_often_answers_later(make: Maker) -> None:
+    """All stamps of a table are much for the few bytes that ask for them."""
     a = await make("a")
     records = [a.deploy(f"m{n:04d}", tell=False) for n in range(MAX_RECORDS)]
     b = await make("b", a)
     await has(b, *records)
+    link = b.session.linking.links.get(a.id)
+    assert link is not None
+    await b.heard_by(a)
+    before = link.bytes_in
+    for _ in range(50):
+        link.send({"t": "deployed", "digest": "0" * 16})
+    await b.heard_by(a)
+    stamps = SharedDeployments(a.deployments, lambda _: None).stamps()
+    size = sum(len(frame({"t": "stamps", "of": chunk})) for chunk in stamps)
+    assert link.bytes_in - before < 3 * size
 
 
 async def test_a_client_learns_and_is_not_believed(make: Maker) -> None:
@@ -249,6 +277,18 @@ async def test_what_is_no_record_is_left_out(make: Maker) -> None:
     bad: list[Any] = [7, {}, {**to_json(good), "model": "x", "cause": "whim"}]
     assert a.session.deploying.frame_came(link, {"t": "deploy", "entries": [*bad, to_json(good)]})
     assert a.deployments.records == (good,)
+
+
+def test_without_a_table_its_frames_are_ignored() -> None:
+    """Whatever is in them: the node takes no part in what they are about."""
+    idle = Deploying(None, LinkTable(NodeId("a" * 52)), MonotonicClock(), random.Random(0))
+    link: Any = object()
+    for kind in ("deploy", "deployed", "stamps", "lacking"):
+        assert idle.frame_came(link, {"t": kind})
+    assert not idle.frame_came(link, {"t": "deny"})
+    idle.spread([ModelId("m")])
+    idle.greet(link)
+    idle.look()
 
 
 def test_the_longest_records_fit_into_a_frame() -> None:
