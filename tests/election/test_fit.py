@@ -50,6 +50,7 @@ NEED = Estimate(
     compute=50,
     logits=1,
     projector=0,
+    prompts=0,
     context=256,
     slots=1,
 )
@@ -81,6 +82,7 @@ def test_a_cache_grows_with_context_slots_and_type() -> None:
     assert plain.total == plain.weights + plain.cache + plain.compute + plain.logits
     assert plain.weights == 4 * 100 * 1024 + 5000 + 6000
     assert plain.logits == 4 * 1000
+    assert estimate(SHAPE, context=1024, slots=1, prompts=99).total == plain.total + 99
 
 
 def test_a_window_bounds_the_cache_and_a_state_does_not_grow() -> None:
@@ -166,6 +168,7 @@ def test_everything_lies_in_main_memory_where_there_is_nothing_else() -> None:
     assert found.fits
     assert dict(found.memory) == {HOST: NEED.total} == {HOST: 1121}
     assert (found.needed, found.headroom, dict(found.layers)) == (1121, 79, {})
+    assert (found.gpu_layers, found.tensor_split) == (0, ())
     short = fit(NEED, [main(1000)])
     assert (short.fits, short.missing, dict(short.memory)) == (False, 121, {})
     assert short.words == (
@@ -190,6 +193,7 @@ def test_layers_are_shared_in_proportion_to_room() -> None:
     found = fit(NEED, [gpu(0, 450), gpu(1, 880), gpu(2, 10), main(200)])
     assert dict(found.layers) == {"CUDA0": 3, "CUDA1": 7}
     assert dict(found.memory) == {"CUDA0": 350, "CUDA1": 780, HOST: 91}
+    assert (found.gpu_layers, found.tensor_split) == (11, (3, 8))
 
 
 def test_devices_are_filled_where_proportions_do_not_come_out_even() -> None:
@@ -199,9 +203,9 @@ def test_devices_are_filled_where_proportions_do_not_come_out_even() -> None:
 
 
 def test_a_projector_lies_on_the_first_device_and_a_copy_on_the_last() -> None:
-    more = replace(NEED, projector=7, output_copy=40)
+    more = replace(NEED, projector=7, output_copy=40, prompts=100)
     found = fit(more, [gpu(0, 700), gpu(1, 700), main(200)])
-    assert dict(found.memory) == {"CUDA0": 557, "CUDA1": 620, HOST: 91}
+    assert dict(found.memory) == {"CUDA0": 557, "CUDA1": 620, HOST: 191}
 
 
 def test_too_little_main_memory_is_said() -> None:

@@ -70,6 +70,8 @@ class Estimate:
     """In the host's memory."""
     projector: int
     """On the first device."""
+    prompts: int
+    """In the host's memory: what may be kept of conversations that no slot has any more."""
     context: int
     """Tokens per slot, padded."""
     slots: int
@@ -85,7 +87,8 @@ class Estimate:
     @property
     def total(self) -> int:
         """All of it in one memory."""
-        return self.weights + self.cache + self.compute + self.logits + self.projector
+        beside = self.logits + self.projector + self.prompts
+        return self.weights + self.cache + self.compute + beside
 
 
 def estimate(
@@ -95,8 +98,10 @@ def estimate(
     slots: int,
     kv_type: str = "f16",
     flash_attention: bool = True,
+    prompts: int = 0,
 ) -> Estimate:
-    """For `slots` conversations of `context` tokens each.
+    """For `slots` conversations of `context` tokens each. `prompts`: the engine's `--cache-ram`,
+    which it takes up by and by; it is 8 GiB unless the engine is told otherwise.
 
     Raises ValueError for a type of cache the engine has not, or for no slot or no context.
     """
@@ -116,6 +121,7 @@ def estimate(
         compute=_compute(shape, padded, slots, flash_attention=flash_attention),
         logits=FLOAT * shape.vocabulary * slots,  # 6
         projector=shape.mmproj_bytes * 5 // 4,  # 7
+        prompts=prompts,
         context=padded,
         slots=slots,
     )

@@ -8,8 +8,9 @@ Rules, numbered as in the code:
    that share have their shares in proportion to their room.
 3. With `spill`, if all together do not hold them, the first layers stay in main memory and every
    accelerator is filled; the engine computes those layers on the CPU.
-4. The embedding and the logits lie in main memory; the projector on the first device; the output
-   layer on the last one, where it needs a copy of the embedding if it is the same weights.
+4. The embedding, the logits and prompts kept for later lie in main memory; the projector on the
+   first device; the output layer on the last one, where it needs a copy of the embedding if it is
+   the same weights.
 5. Each device that holds layers has a buffer for computing. Main memory beside accelerators has one
    as well, no larger.
 """
@@ -34,14 +35,26 @@ class Fit:
     memory: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     """What is to be leased, by device; empty if it does not fit."""
     layers: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
-    """Repeating layers each accelerator holds, in the order of devices: the engine's
-    `--tensor-split`, and their sum its `--n-gpu-layers` but for the output layer."""
+    """Repeating layers each accelerator holds, in the order of devices: the engine's `--device`."""
     needed: int = 0
     """All of `memory`; if it does not fit, what is needed of the devices the words name."""
     headroom: int = 0
     """What would still be free of the devices it lies on."""
     missing: int = 0
     """Bytes that lack, at least; 0 if it fits."""
+
+    @property
+    def gpu_layers(self) -> int:
+        """The engine's `--n-gpu-layers`: it counts the output layer as one."""
+        return sum(self.layers.values()) + 1 if self.layers else 0
+
+    @property
+    def tensor_split(self) -> tuple[int, ...]:
+        """The engine's `--tensor-split`: the output layer is one of the last device's."""
+        if not self.layers:
+            return ()
+        *before, last = self.layers.values()
+        return (*before, last + 1)
 
 
 def fit(
@@ -154,7 +167,7 @@ def _laid(
         memory[used[-1]] += estimate.output + estimate.output_copy
     if host is not None:
         kept = len(estimate.layers) - sum(len(row) for row in rows.values())
-        memory[host] += estimate.embedding + estimate.logits
+        memory[host] += estimate.embedding + estimate.logits + estimate.prompts
         memory[host] += sum(layer.total for layer in estimate.layers[:kept])
         if host not in used:
             memory[host] += estimate.compute
