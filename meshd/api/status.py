@@ -155,6 +155,8 @@ def _host(host: HostView) -> dict[str, Any]:
         "context_length": host.context_length,
         "slots": host.slots,
         "slots_free": host.slots_free,
+        "memory": dict(host.memory),
+        "offloaded": host.offloaded,
         "plan": {
             "kind": "solo",
             "workers": [{"node": host.node, "share": 1.0, "bytes": host.bytes_on_disk}],

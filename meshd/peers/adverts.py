@@ -68,6 +68,10 @@ class AdvertModel(_Peer):
     capabilities: Annotated[list[Text], Field(max_length=16)] = []
     created_at: Count = 0
     bytes_on_disk: Count = 0
+    memory: Annotated[dict[Text, Count], Field(max_length=MAX_DEVICES)] = {}
+    """Bytes by device, as its engine said after loading."""
+    offloaded: Annotated[list[Count], Field(min_length=2, max_length=2)] | None = None
+    """Layers on accelerators, of all."""
     instance: Text | None = None
     epoch: Count = 0
     slots: Annotated[int, Field(ge=0, le=65_536)] = 0
@@ -86,6 +90,8 @@ class AdvertModel(_Peer):
             capabilities=tuple(self.capabilities),
             created_at=self.created_at,
             bytes_on_disk=self.bytes_on_disk,
+            memory=tuple(self.memory.items()),
+            offloaded=None if self.offloaded is None else (self.offloaded[0], self.offloaded[1]),
             instance=InstanceId(self.instance) if self.instance else None,
             epoch=self.epoch,
             slots=self.slots,
@@ -335,6 +341,8 @@ def _model(view: View, name: ModelId) -> dict[str, Any]:
         "capabilities": list(model.capabilities)[:16],
         "created_at": model.created_at,
         "bytes_on_disk": host.bytes_on_disk if host else 0,
+        "memory": dict(host.memory[:MAX_DEVICES]) if host else {},
+        "offloaded": list(host.offloaded) if host and host.offloaded else None,
         "instance": target.instance if target else None,
         "epoch": host.epoch if host else 0,
         "slots": target.slots if target else 0,

@@ -44,15 +44,17 @@ from meshd.runtime.hosting_events import (
     WeightsRejected,
 )
 from meshd.runtime.launch import LaunchSpec
+from meshd.runtime.measured import Launch
+from meshd.runtime.measuring import Measurements
 from meshd.runtime.record import RuntimeRecord
+from meshd.runtime.reported import MemoryReport
+from meshd.runtime.shown import STATE_OF_ENGINE, model_view, proved_memory
 from meshd.runtime.supervisor import EnginePlaces, EngineReport, EngineSupervisor
 from meshd.view import (
-    HostView,
     ModelState,
     ModelView,
     Preparing,
     RuntimeView,
-    Target,
     View,
     with_local,
 )
@@ -116,9 +118,18 @@ class ModelHost(Service):
         )
         self._engines: dict[ModelId, EngineSupervisor] = {}
         self._binary: Path | None = None
+        self._engine_id = ""
+        self._backend: str | None = None
+        """What models were last shown to run on."""
         self._tickets = itertools.count(1)
         self._refusals: dict[int, str] = {}
         self._attempts: dict[ModelId, int] = {}
+        self._launches: dict[ModelId, Launch] = {}
+        self._measurements = Measurements(
+            config.data_dir / "measured.json",
+            pool,
+            lambda work: self.spawn(work, name="keep what an engine takes"),
+        )
         self._preparing: dict[int, asyncio.Task[None]] = {}
         self.restarts = 0
         """Engines started again since the node began, all models together."""
@@ -165,6 +176,13 @@ class ModelHost(Service):
     # -- service ----------------------------------------------------------------------------------
 
     async def main(self) -> None:
+        unsubscribe = self._board.subscribe(self._view_changed)
+        try:
+            await self._serve()
+        finally:
+            unsubscribe()
+
+    async def _serve(self) -> None:
         self.ready.set()
         if self._rooms.hosts and not self._config.model:
             # Nothing asks for it yet, but other nodes are told what this one could run.
@@ -238,7 +256,7 @@ class ModelHost(Service):
             self._engine_found(record)
 
     def _engine_found(self, record: RuntimeRecord) -> None:
-        self._binary = Path(record.server_path)
+        self._binary, self._engine_id = Path(record.server_path), record.id
         log.info("engine %s: %s at %s", record.id, record.version, record.server_path)
         runtime = self._rooms.shown(record)
         self._board.publish(replace(self._board.current, runtime=runtime))
@@ -249,13 +267,24 @@ class ModelHost(Service):
         settings = self._config.engine
         options, facts = effect.options, effect.facts
         trained = facts.trained_context or DEFAULT_CONTEXT_LIMIT
+        context = options.context or settings.context or min(trained, DEFAULT_CONTEXT_LIMIT)
+        parallel = options.parallel or settings.parallel or DEFAULT_PARALLEL
+        launch = Launch(
+            weights=facts.digest or facts.first_shard,
+            bytes=facts.total_bytes,
+            engine=self._engine_id,
+            context=context,
+            parallel=parallel,
+        )
+        self._launches[effect.model] = launch
         spec = LaunchSpec(
             model=effect.model,
             weights=facts.first_shard,
             mmproj=facts.mmproj,
-            context=options.context or settings.context or min(trained, DEFAULT_CONTEXT_LIMIT),
-            parallel=options.parallel or settings.parallel or DEFAULT_PARALLEL,
+            context=context,
+            parallel=parallel,
             threads=settings.threads,
+            talkative=self._measurements.find(launch) is None,
             extra=settings.extra_args,
         )
         supervisor = EngineSupervisor(
@@ -277,10 +306,12 @@ class ModelHost(Service):
         supervisor.start()
 
     def _engine_reported(self, report: EngineReport) -> None:
-        state = _MODEL_STATE[report.state]
+        state = STATE_OF_ENGINE[report.state]
         if report.attempt > max(1, self._attempts.get(report.model, 1)):
             self.restarts += 1
         self._attempts[report.model] = report.attempt
+        if report.memory is not None and report.degraded is None:
+            self._measurements.keep(self._launches[report.model], report.memory)
         if report.state is ChildState.STOPPED:
             self._engines.pop(report.model, None)
             del self._attempts[report.model]
@@ -298,63 +329,22 @@ class ModelHost(Service):
         self._board.publish(with_local(self._board.current, ordered))
 
     def _model_view(self, entry: Entry) -> ModelView:
-        facts, now, preparing = entry.facts, self._clock.now(), entry.now
-        engine = self._engines.get(entry.model)
-        report = engine.report if engine is not None else None
-        hosts: tuple[HostView, ...] = ()
-        targets: tuple[Target, ...] = ()
-        retry_at = entry.retry_at
-        progress = preparing.progress if preparing is not None else None
-        if report is not None:
-            progress = report.progress
-            retry_at = report.retry_at or retry_at
-            hosts = (self._host_view(entry, report),)
-            if entry.state is ModelState.READY and report.instance and report.socket_path:
-                node = self._board.current.node.name
-                targets = (
-                    Target(entry.model, node, report.instance, report.socket_path, report.slots),
-                )
-        reason = entry.reason if entry.state is not ModelState.READY else None
-        if report is not None and report.degraded and entry.state is ModelState.READY:
-            reason = f"degraded: {report.degraded}"
-        return ModelView(
-            id=entry.model,
-            ref=entry.ref,
-            state=entry.state,
-            reason=reason,
-            progress=progress,
-            retry_after_s=max(1.0, retry_at - now) if retry_at is not None else None,
-            digest=facts.digest if facts else None,
-            context_length=report.context_length if report is not None else None,
-            capabilities=facts.capabilities if facts else (),
-            created_at=facts.created_at if facts else 0,
-            evidence=report.evidence if report is not None else (),
-            fetch=preparing.fetch if preparing is not None else None,
-            hosts=hosts,
-            targets=targets,
-        )
+        engine, view = self._engines.get(entry.model), self._board.current
+        report = None if engine is None else engine.report
+        memory = None if report is None else proved_memory(self._memory(report), view.runtime)
+        return model_view(entry, report, memory, view.node, self._clock.now())
 
-    def _host_view(self, entry: Entry, report: EngineReport) -> HostView:
-        node = self._board.current.node
-        return HostView(
-            node=node.name,
-            node_id=node.id,
-            epoch=1,
-            state=entry.state,
-            context_length=report.context_length,
-            slots=report.slots,
-            slots_free=report.slots,
-            bytes_on_disk=entry.facts.total_bytes if entry.facts else 0,
-        )
+    def _memory(self, report: EngineReport) -> MemoryReport | None:
+        """What the engine of a model that is ready said it takes, now or the last time."""
+        if report.memory is not None:
+            return report.memory
+        if report.state is not ChildState.READY or report.degraded is not None:
+            return None
+        return self._measurements.find(self._launches[report.model])
 
-
-_MODEL_STATE = {
-    ChildState.STOPPED: ModelState.ABSENT,
-    ChildState.STARTING: ModelState.LOADING,
-    ChildState.READY: ModelState.READY,
-    ChildState.DRAINING: ModelState.DRAINING,
-    # A stop that hosting ordered is DRAINING already; any other one makes way for a new start.
-    ChildState.STOPPING: ModelState.LOADING,
-    ChildState.BACKOFF: ModelState.LOADING,
-    ChildState.FAILED: ModelState.FAILED,
-}
+    def _view_changed(self, view: View) -> None:
+        """A proof that was made or lost changes what is shown of the models."""
+        backend = None if view.runtime is None else view.runtime.backend
+        if backend != self._backend:
+            self._backend = backend
+            self._publish()

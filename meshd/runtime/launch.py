@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from meshd.ids import InstanceId, ModelId
+from meshd.runtime.reported import VERBOSITY
 
 INSTANCE_PREFIX = "~"
 """What an instance id begins with, so that it can be told from a name."""
@@ -28,6 +29,8 @@ class LaunchSpec:
     kv_type: str | None = None
     """Type of the KV cache; None is the engine's default, f16."""
     threads: int | None = None
+    talkative: bool = False
+    """It tells of its layers and buffers, and much of every request."""
     extra: tuple[str, ...] = ()
     """Further arguments, appended as they are."""
 
@@ -51,5 +54,7 @@ def server_argv(
         argv += ["--cache-type-k", spec.kv_type, "--cache-type-v", spec.kv_type]
     if spec.threads is not None:
         argv += ["--threads", str(spec.threads)]
+    if spec.talkative:
+        argv += ["--verbosity", str(VERBOSITY)]
     argv += ["--no-webui", "--slots", "--offline"]
     return (*argv, *spec.extra)

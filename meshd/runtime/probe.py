@@ -23,7 +23,15 @@ ANSWER_LIMIT_S = 20.0
 """Listing devices initialises drivers, which takes seconds on some machines."""
 NEEDED_FLAGS = (
     *("--model", "--alias", "--host", "--ctx-size", "--parallel", "--n-gpu-layers", "--threads"),
-    *("--cache-type-k", "--cache-type-v", "--no-webui", "--slots", "--offline", "--mmproj"),
+    *(
+        "--cache-type-k",
+        "--cache-type-v",
+        "--no-webui",
+        "--slots",
+        "--offline",
+        "--mmproj",
+        "--verbosity",
+    ),
 )
 """All that `launch.server_argv` may say. Features are probed, never assumed: an engine without one
 of these is too old."""

@@ -48,6 +48,7 @@ from meshd.runtime.launch import INSTANCE_PREFIX, LaunchSpec, server_argv
 from meshd.runtime.orphans import write_pid_file
 from meshd.runtime.output import OutputLog
 from meshd.runtime.process import ChildProcess
+from meshd.runtime.reported import MemoryHeard, MemoryReport
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,8 @@ class EngineReport:
     """Monotonic."""
     evidence: tuple[str, ...]
     """Last lines of a FAILED engine."""
+    memory: MemoryReport | None = None
+    """What it said it took, if it was told to talk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +143,7 @@ class EngineSupervisor:
         self._wanted_force: Force | None = None
         self._output_counted_at = float("-inf")
         self._probes_out = 0
+        self._heard = MemoryHeard()
 
     @property
     def report(self) -> EngineReport:
@@ -160,6 +164,7 @@ class EngineSupervisor:
             degraded=child.degraded,
             retry_at=child.retry_at,
             evidence=self.output.last(EVIDENCE_LINES) if child.state is ChildState.FAILED else (),
+            memory=self._heard.report() if child.state is ChildState.READY else None,
         )
 
     def start(self) -> None:
@@ -198,6 +203,7 @@ class EngineSupervisor:
     def _begin_instance(self) -> None:
         self._instance = InstanceId(f"{INSTANCE_PREFIX}{self._rng.getrandbits(64):016x}")
         self._wanted_force = None
+        self._heard = MemoryHeard()
 
     async def _spawn(self, order: Spawn) -> None:
         generation, instance = order.generation, self._instance
@@ -244,6 +250,8 @@ class EngineSupervisor:
 
     def _line(self, generation: int, line: str) -> None:
         self.output.add(line, self._clock.wall())
+        if self._child.state is ChildState.STARTING:
+            self._heard.line(line)
         fault = classify(line)
         if fault is not None:
             self._driver.post(FaultSeen(generation, fault))

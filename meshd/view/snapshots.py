@@ -92,6 +92,10 @@ class HostView:
     slots: int
     slots_free: int
     bytes_on_disk: int = 0
+    memory: tuple[tuple[str, int], ...] = ()
+    """Bytes by device, as the engine said after loading; empty where that is not known."""
+    offloaded: tuple[int, int] | None = None
+    """Layers on accelerators, of all; None as above, and on the CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,6 +284,8 @@ class PeerModel:
     capabilities: tuple[str, ...] = ()
     created_at: int = 0
     bytes_on_disk: int = 0
+    memory: tuple[tuple[str, int], ...] = ()
+    offloaded: tuple[int, int] | None = None
     instance: InstanceId | None = None
     """Set while its engine can be sent requests."""
     epoch: int = 0

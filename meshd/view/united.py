@@ -211,6 +211,8 @@ def _hosts(parts: list[_Found]) -> Iterator[HostView]:
                 slots=theirs.slots,
                 slots_free=theirs.slots_free,
                 bytes_on_disk=theirs.bytes_on_disk,
+                memory=theirs.memory,
+                offloaded=theirs.offloaded,
             )
 
 

@@ -42,7 +42,16 @@ def node(name: str, state: NodeState = NodeState.READY) -> NodeView:
 
 def own_model(name: str, instance: str, *, slots: int = 4) -> ModelView:
     host = HostView(
-        name, NodeId(name[-1] * 52), 1, ModelState.READY, 4096, slots, slots, bytes_on_disk=1000
+        name,
+        NodeId(name[-1] * 52),
+        1,
+        ModelState.READY,
+        4096,
+        slots,
+        slots,
+        bytes_on_disk=1000,
+        memory=(("CUDA0", 1200),),
+        offloaded=(5, 5),
     )
     target = Target(M, name, InstanceId(instance), f"/run/{instance}.sock", slots)
     return ModelView(
@@ -73,6 +82,8 @@ def peer_of(view: View, *, state: PeerState = PeerState.ALIVE, free: int = 4) ->
                 context_length=4096,
                 created_at=m.created_at,
                 bytes_on_disk=1000,
+                memory=m.hosts[0].memory,
+                offloaded=m.hosts[0].offloaded,
                 instance=m.targets[0].instance,
                 epoch=1,
                 slots=m.targets[0].slots,
@@ -177,6 +188,8 @@ def host(name: str, *, free: int, state: str = "ready") -> dict[str, Any]:
         "context_length": 4096,
         "slots": 4,
         "slots_free": free,
+        "memory": {"CUDA0": 1200},
+        "offloaded": (5, 5),
         "plan": {"kind": "solo", "workers": [{"node": name, "share": 1.0, "bytes": 1000}]},
     }
 

@@ -53,7 +53,8 @@ async def test_status_has_the_documented_shape(api: Api) -> None:
     assert {"id", "ref", "digest", "state", "reason", "progress", "hosts"} <= set(model)
     (host,) = model["hosts"]
     assert set(host) == {
-        *("node", "node_id", "epoch", "state", "context_length", "slots", "slots_free", "plan")
+        *("node", "node_id", "epoch", "state", "context_length", "slots", "slots_free", "plan"),
+        *("memory", "offloaded"),
     }
     assert host["plan"] == {
         "kind": "solo",

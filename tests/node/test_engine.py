@@ -61,6 +61,24 @@ def test_killed_engine_comes_back_and_clients_are_told(make_daemon: DaemonFactor
     assert 'meshd_child_restarts_total{kind="llama-server"} 1.0' in metrics
 
 
+def test_an_engine_is_asked_once_what_it_takes(make_daemon: DaemonFactory) -> None:
+    """The first start of a model tells of buffers; the next one is quiet, and it is still known."""
+    daemon = make_daemon("--model", "builtin").start()
+    first = daemon.wait_state("builtin", "ready")["hosts"][0]
+    assert set(first["memory"]) == {"CPU"}
+    weights = first["plan"]["workers"][0]["bytes"]
+    assert 0.5 * weights < first["memory"]["CPU"] < 1 << 30
+    log = daemon.data_dir / "logs" / "builtin.log"
+    assert log.read_text().count("KV buffer size") > 0
+    kept = daemon.data_dir / "measured.json"
+    wait_until(kept.exists, what="the measurement on disk")
+    assert daemon.stop() == 0
+    log.unlink()
+    again = make_daemon("--model", "builtin", data_dir=daemon.data_dir).start()
+    assert again.wait_state("builtin", "ready")["hosts"][0]["memory"] == first["memory"]
+    assert "KV buffer size" not in log.read_text()
+
+
 @pytest.mark.parametrize("victims", ["daemon", "both"])
 def test_no_engine_outlives_a_killed_daemon(make_daemon: DaemonFactory, victims: str) -> None:
     daemon = make_daemon("--model", "builtin").start()

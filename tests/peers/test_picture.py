@@ -40,6 +40,7 @@ from meshd.view import (
 
 A, B, C = (NodeId(c * 52) for c in "abc")
 PROOF = {"level": "runtime", "passed": True, "checked_at": 1.79e9}
+TAKES = (("CPU", 10), ("CUDA0", 90))
 
 
 def view(*models: ModelView, state: NodeState = NodeState.READY, devices: int = 1) -> View:
@@ -55,7 +56,7 @@ def served(name: str = "m", slots: int = 4) -> ModelView:
         ref=name,
         state=ModelState.READY,
         digest="d1",
-        hosts=(HostView("one", A, 3, ModelState.READY, 512, slots, slots, 77),),
+        hosts=(HostView("one", A, 3, ModelState.READY, 512, slots, slots, 77, TAKES, (5, 5)),),
         targets=(Target(model, "one", InstanceId(f"~{name}"), "/run/x", slots),),
     )
 
@@ -89,6 +90,7 @@ def test_a_node_s_advert_comes_out_as_its_models_and_devices() -> None:
     (model,) = peer.models
     assert (model.id, model.instance, model.slots, model.slots_free) == ("m", "~m", 4, 4)
     assert (model.digest, model.epoch, model.bytes_on_disk) == ("d1", 3, 77)
+    assert (model.memory, model.offloaded) == (TAKES, (5, 5))
     assert peer.devices[0].memory_free_bytes == 9_000  # in sixteenths: it moves all the time
 
 

@@ -99,6 +99,7 @@ def test_every_flag_of_a_command_line_is_probed_for() -> None:
         gpu_layers=1,
         kv_type="f16",
         threads=2,
+        talkative=True,
     )
     argv = server_argv("llama-server", spec, InstanceId("~1"), "x.sock")
     used = {word for word in argv if word.startswith("--")}
