@@ -139,8 +139,11 @@ class Registry:
                 return self._adopt(_home_of(Path(on_path).absolute()))
             except EngineRejected as error:
                 tried = f" (the one on PATH is not usable: {error.message})"
+        if built:
+            strange = ", ".join(record.id for record in built)
+            tried += f" ({strange}: built on another processor)"
         raise EngineMissing(
-            "there is no llama.cpp engine on this machine; `meshd runtime build --backend cpu` "
+            "there is no llama.cpp engine for this machine; `meshd runtime build --backend cpu` "
             f"builds one, --runtime-dir names a directory with yours{tried}"
         )
 

@@ -132,7 +132,7 @@ def test_without_an_engine_the_drivers_are_heard(gpus: Gpus) -> None:
     result = gpus(H200S, listing=None)
     assert result.exit_code == 0
     assert "✗" not in result.stdout
-    assert "there is no llama.cpp engine on this machine" in result.stdout
+    assert "there is no llama.cpp engine for this machine" in result.stdout
 
 
 def test_names_are_no_markup(gpus: Gpus) -> None:

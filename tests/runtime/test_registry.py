@@ -62,6 +62,15 @@ def test_3_an_engine_for_another_processor_is_passed_over(registry: Registry) ->
     assert registry.find(None).id == "cpu-here"
 
 
+def test_only_engines_for_another_processor_are_named(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    built(registry, "cpu-elsewhere", at=2.0, cpu="0" * 8)
+    with pytest.raises(EngineMissing, match="cpu-elsewhere: built on another processor"):
+        registry.find(None)
+
+
 def test_nothing_there_says_how_to_get_one(registry: Registry) -> None:
     with pytest.raises(EngineMissing, match="meshd runtime build --backend cpu"):
         registry.find(None)

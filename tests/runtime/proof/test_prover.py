@@ -108,7 +108,7 @@ class Bench:
 
     def _find(self) -> RuntimeRecord:
         if self.missing:
-            raise EngineMissing("there is no llama.cpp engine on this machine")
+            raise EngineMissing("there is no llama.cpp engine for this machine")
         return self.record
 
     def start(self, engine: RuntimeRecord | None = None) -> None:
