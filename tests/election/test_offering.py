@@ -161,6 +161,16 @@ def test_who_frees_nothing_that_is_needed_is_spared() -> None:
     assert one(swapping(uses, a=90, c=5), needing(gpu=80)).victims == (A,)
 
 
+def test_of_two_that_could_be_spared_it_is_the_one_used_last() -> None:
+    uses = {A: replace(IDLE, last_at=30.0), B: replace(IDLE, last_at=20.0), C: IDLE}
+    assert one(swapping(uses, a=60, b=20, c=10), needing(gpu=75)).victims == (C, A)
+
+
+def test_a_model_unused_for_just_as_long_as_it_takes_is_a_victim() -> None:
+    use = replace(IDLE, last_at=NOW - SWAP_IDLE_S)
+    assert one(swapping({A: use}, a=60), needing(gpu=80)).victims == (A,)
+
+
 def test_not_even_if_all_slept() -> None:
     offer = one(swapping({A: IDLE}, a=60, b=30), needing(gpu=80))
     assert (offer.bid.suits, offer.victims) == (Suits.NO, ())
@@ -227,3 +237,8 @@ def test_coarse_sizes_are_a_little_below_the_truth(size: int) -> None:
 def test_free_memory_that_moves_a_little_is_told_the_same() -> None:
     told = {one(NodeFacts({"gpu": 1000 + n}), needing(gpu=5)).bid.free_bytes for n in range(20)}
     assert told == {992}
+
+
+def test_free_memory_is_never_told_below_what_fits() -> None:
+    bid = one(NodeFacts({"gpu": 999}), needing(gpu=998)).bid
+    assert (bid.needs_bytes, bid.free_bytes) == (998, 998)

@@ -62,6 +62,14 @@ def test_only_what_differs_crosses() -> None:
     assert exchange(here, there, CHUNK_BYTES) == 2
 
 
+def test_what_is_older_there_is_not_asked_for() -> None:
+    older = replace(PLAIN, version=1)
+    for ours, theirs, sent, wanted in ((PLAIN, older, (PLAIN,), ()), (older, PLAIN, (), ("m",))):
+        (chunk,) = chunks(DeploymentBook([theirs]))
+        found = difference(DeploymentBook([ours]), chunk)
+        assert (found.ours, found.wanted) == (sent, wanted)
+
+
 def test_of_one_stamp_with_two_contents_both_cross() -> None:
     here, there = DeploymentBook([PLAIN]), DeploymentBook([replace(PLAIN, asleep=True)])
     assert exchange(here, there, CHUNK_BYTES) == 2

@@ -80,6 +80,7 @@ def test_damaged_epochs_go_on_above_all_that_were_used(tmp_path: Path, damage: b
     assert len(saved.problems) == 1
     assert "epochs.json.damaged" in saved.problems[0]
     assert str(WALL) in saved.problems[0]
+    assert reloaded(tmp_path, lambda: 0.0) == Saved({}, WALL, (), ())
 
 
 def test_a_floor_that_cannot_be_written_ends_the_start_and_costs_nothing(

@@ -65,8 +65,8 @@ def test_3_an_engine_for_another_processor_is_passed_over(registry: Registry) ->
 def test_only_engines_for_another_processor_are_named(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
     built(registry, "cpu-elsewhere", at=2.0, cpu="0" * 8)
+    monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(EngineMissing, match="cpu-elsewhere: built on another processor"):
         registry.find(None)
 
