@@ -199,6 +199,15 @@ def describe(view: View, name: str, role: Role) -> dict[str, Any]:
     return body
 
 
+def told_of(view: View) -> tuple[object, ...]:
+    """All that `describe` reads: while these are the same objects, the advert is the same."""
+    node = view.node
+    return (
+        node.version, node.state, view.runtime, view.devices, view.local, view.weights, view.bids,
+        view.claims,
+    )  # fmt: skip
+
+
 class AdvertBook:
     """The newest advert of each node, and the free slots told since."""
 

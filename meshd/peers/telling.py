@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from operator import is_
 from typing import Any, Final, Protocol
 
 from pydantic import ValidationError
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 from meshd.errors import MeshdError, ProtocolError
 from meshd.ids import InstanceId, NodeId
 from meshd.kernel import Clock
-from meshd.peers.adverts import Advert, AdvertBook, describe, slots_from_wire
+from meshd.peers.adverts import Advert, AdvertBook, describe, slots_from_wire, told_of
 from meshd.peers.links.codec import node_id_from_wire
 from meshd.peers.links.links import ControlLink, LinkTable
 from meshd.peers.trust.signing import SignedAdvert
@@ -67,6 +68,8 @@ class Telling:
         self._newer = newer
         self._changed = changed
         self._body: dict[str, Any] | None = None
+        self._told: tuple[object, ...] = ()
+        """What of a view `_body` was made of."""
         self._envelope: dict[str, Any] = {}
         self._renewed_at = float("-inf")
         self._slots_free: dict[str, int] = {}
@@ -79,15 +82,19 @@ class Telling:
 
         Returns the seconds after which to look again, if it is too early for what changed.
         """
+        told = told_of(view)
+        if len(told) == len(self._told) and all(map(is_, told, self._told)):
+            return None  # the usual case: something of other nodes changed
         body = describe(view, self._name, self._role)
         if body == self._body:
+            self._told = told
             return None
         now = self._clock.now()
         rest_s = self._renewed_at + RENEW_PAUSE_S - now
         if rest_s > 0 and not _urgent(self._body, body):
             return rest_s
         first = self._body is None
-        self._body, self._renewed_at = body, now
+        self._body, self._told, self._renewed_at = body, told, now
         if first:
             self._tell()
         else:

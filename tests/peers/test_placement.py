@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import orjson
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from meshd.ids import InstanceId, ModelId, NodeId
-from meshd.peers.adverts import MAX_BODY_BYTES, Advert, AdvertBook, describe
+from meshd.peers.adverts import MAX_BODY_BYTES, Advert, AdvertBook, describe, told_of
 from meshd.peers.picture import Standing, picture
 from meshd.peers.placement import (
     MAX_BIDS,
@@ -112,6 +113,18 @@ def test_what_says_the_same_is_the_same_advert() -> None:
     one = describe(view(bids=(BID, other), claims=(failed,)), "one", Role.MEMBER)
     again = replace(failed, retry_in_s=9.6)
     assert describe(view(bids=(other, BID), claims=(again,)), "one", Role.MEMBER) == one
+
+
+def test_what_an_advert_is_made_of_is_all_that_it_reads() -> None:
+    """Whatever of a view is not among it may change without changing the advert."""
+    said = view(models=1, bids=(BID,), claims=(CLAIM,))
+    nothing = dict.fromkeys(View.__dataclass_fields__, None)
+    kept = ("node", "runtime", "devices", "local", "weights", "bids", "claims")
+    rest: Any = SimpleNamespace(**nothing | {name: getattr(said, name) for name in kept})
+    rest.node = SimpleNamespace(version=said.node.version, state=said.node.state)
+    assert describe(rest, "one", Role.MEMBER) == describe(said, "one", Role.MEMBER)
+    assert told_of(rest) == told_of(said)
+    assert len(told_of(said)) == len(kept) - 1 + len(vars(rest.node))
 
 
 def test_a_client_neither_says_them_nor_is_believed() -> None:
