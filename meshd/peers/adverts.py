@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Final
 
-import orjson
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from meshd.ids import InstanceId, ModelId, NodeId
+from meshd.peers.advert_size import make_fit
 from meshd.peers.placement import (
     MAX_BIDS,
     MAX_CLAIMS,
@@ -43,8 +43,6 @@ MAX_DEVICES: Final = 64
 MAX_WEIGHTS: Final = 128
 MAX_EVIDENCE: Final = 24
 MAX_EVIDENCE_CHARS: Final = 200
-MAX_BODY_BYTES: Final = 40 * 1024
-"""Of an advert's JSON; signed and in base64 it must fit into one envelope of 64 KiB."""
 MAX_PROGRESS_STEPS: Final = 10
 """Progress travels in tenths: an advert a per cent would flood the mesh while a model loads."""
 
@@ -195,7 +193,7 @@ def describe(view: View, name: str, role: Role) -> dict[str, Any]:
     body["weights"] = list(digests)[:MAX_WEIGHTS]
     body["bids"] = bids_to_wire(view.bids)
     body["claims"] = claims_to_wire(view.claims)
-    _make_fit(body)
+    make_fit(body)
     return body
 
 
@@ -292,32 +290,6 @@ def slots_from_wire(value: Any) -> dict[str, int]:
         return {}
     rows = list(value.items())[:MAX_MODELS]
     return {k: n for k, n in rows if len(k) <= 256 and type(n) is int and 0 <= n <= 65_536}
-
-
-def _make_fit(body: dict[str, Any]) -> None:
-    """Full-policy of an advert: models that are not served go first, then reasons, which are for
-    people, and claims last: a claim nobody hears of makes two hosts. Of a list the first rows
-    stay."""
-    served = sum(model["instance"] is not None for model in body["models"])
-    _cut(body, "models", served)
-    for part in ("bids", "claims"):
-        _cut_reasons(body, part)
-    for part in ("bids", "weights", "models", "claims"):
-        _cut(body, part)
-
-
-def _cut(body: dict[str, Any], part: str, least: int = 0) -> None:
-    while len(body[part]) > least and not _fits(body):
-        body[part] = body[part][: max(least, len(body[part]) // 2)]
-
-
-def _cut_reasons(body: dict[str, Any], part: str) -> None:
-    if not _fits(body):
-        body[part] = [{k: v for k, v in row.items() if k != "reason"} for row in body[part]]
-
-
-def _fits(body: dict[str, Any]) -> bool:
-    return len(orjson.dumps(body)) <= MAX_BODY_BYTES
 
 
 def _proof(runtime: RuntimeView) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from meshd.ids import InstanceId, ModelId, NodeId
+from meshd.peers.advert_size import MAX_BODY_BYTES
 from meshd.peers.adverts import (
-    MAX_BODY_BYTES,
     MAX_EVIDENCE,
     MAX_EVIDENCE_CHARS,
     MAX_WEIGHTS,

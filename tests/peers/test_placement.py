@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from meshd.ids import InstanceId, ModelId, NodeId
-from meshd.peers.adverts import MAX_BODY_BYTES, Advert, AdvertBook, describe, told_of
+from meshd.peers.advert_size import MAX_BODY_BYTES
+from meshd.peers.adverts import Advert, AdvertBook, describe, told_of
 from meshd.peers.picture import Standing, picture
 from meshd.peers.placement import (
     MAX_BIDS,

@@ -1,0 +1,36 @@
+"""What is left out of an advert that would not fit into its envelope. Pure."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import orjson
+
+MAX_BODY_BYTES: Final = 40 * 1024
+"""Of an advert's JSON; signed and in base64 it must fit into one envelope of 64 KiB."""
+
+
+def make_fit(body: dict[str, Any]) -> None:
+    """Full-policy of an advert: models that are not served go first, then reasons, which are for
+    people, and claims last: a claim nobody hears of makes two hosts. Of a list the first rows
+    stay."""
+    served = sum(model["instance"] is not None for model in body["models"])
+    _cut(body, "models", served)
+    for part in ("bids", "claims"):
+        _cut_reasons(body, part)
+    for part in ("bids", "weights", "models", "claims"):
+        _cut(body, part)
+
+
+def _cut(body: dict[str, Any], part: str, least: int = 0) -> None:
+    while len(body[part]) > least and not _fits(body):
+        body[part] = body[part][: max(least, len(body[part]) // 2)]
+
+
+def _cut_reasons(body: dict[str, Any], part: str) -> None:
+    if not _fits(body):
+        body[part] = [{k: v for k, v in row.items() if k != "reason"} for row in body[part]]
+
+
+def _fits(body: dict[str, Any]) -> bool:
+    return len(orjson.dumps(body)) <= MAX_BODY_BYTES
