@@ -10,7 +10,8 @@ The lines are llama-server's, from verbosity 4 on (build 0c1e570):
     sched_reserve:        CPU compute buffer size =     8.51 MiB
 
 A buffer has the name of its type: `CUDA0` is memory of that device, `CPU_Mapped` pages of the file,
-`CPU_REPACK` weights in another order, `CUDA_Host` main memory the device can read. The engine may
+`CPU_REPACK` weights in another order, `CUDA_Host` main memory the device can read, and
+`RPC0[10.0.0.7:5000]` the first device of the RPC server at that address. The engine may
 load twice, once to measure: the last load counts. Caches of several kinds add up; a buffer for
 computing that is reserved again replaces the one before it.
 """

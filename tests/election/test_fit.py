@@ -48,6 +48,8 @@ NEED = Estimate(
     output_copy=0,
     embedding=40,
     compute=50,
+    masks=4,
+    row=3,
     logits=1,
     projector=0,
     prompts=0,
@@ -183,36 +185,36 @@ def test_no_memory_fits_nothing() -> None:
 
 def test_one_device_is_taken_if_it_holds_all() -> None:
     found = fit(NEED, [gpu(0, 900), gpu(1, 1080), main(200)])
-    assert found.words.startswith("takes 1.1 kB of 1.1 kB on CUDA1 and 91 B of 200 B on CPU (weig")
-    assert dict(found.memory) == {"CUDA1": 1000 + 30 + 50, HOST: 40 + 1 + 50}
+    assert found.words.startswith("takes 1.1 kB of 1.1 kB on CUDA1 and 51 B of 200 B on CPU (weig")
+    assert dict(found.memory) == {"CUDA1": 1000 + 30 + 50, HOST: 40 + 1 + 10}
     assert dict(found.layers) == {"CUDA1": 10}
-    assert found.headroom == 109
+    assert found.headroom == 149
 
 
 def test_layers_are_shared_in_proportion_to_room() -> None:
     found = fit(NEED, [gpu(0, 450), gpu(1, 880), gpu(2, 10), main(200)])
     assert dict(found.layers) == {"CUDA0": 3, "CUDA1": 7}
-    assert dict(found.memory) == {"CUDA0": 350, "CUDA1": 780, HOST: 91}
+    assert dict(found.memory) == {"CUDA0": 371, "CUDA1": 801, HOST: 72}
     assert (found.gpu_layers, found.tensor_split) == (11, (3, 8))
 
 
 def test_devices_are_filled_where_proportions_do_not_come_out_even() -> None:
     uneven = replace(NEED, layers=(LayerNeed(300, 0), *(LayerNeed(100, 0),) * 2))
-    found = fit(uneven, [gpu(0, 351), gpu(1, 281), main(200)])
+    found = fit(uneven, [gpu(0, 372), gpu(1, 302), main(200)])
     assert dict(found.layers) == {"CUDA0": 1, "CUDA1": 2}
 
 
 def test_a_projector_lies_on_the_first_device_and_a_copy_on_the_last() -> None:
     more = replace(NEED, projector=7, output_copy=40, prompts=100)
     found = fit(more, [gpu(0, 700), gpu(1, 700), main(200)])
-    assert dict(found.memory) == {"CUDA0": 557, "CUDA1": 620, HOST: 191}
+    assert dict(found.memory) == {"CUDA0": 578, "CUDA1": 641, HOST: 172}
 
 
 def test_too_little_main_memory_is_said() -> None:
     found = fit(NEED, [gpu(0, 5000), main(50)])
     assert not found.fits
-    assert (found.needed, found.missing) == (91, 41)
-    assert "needs 91 B on CPU" in found.words
+    assert (found.needed, found.missing) == (51, 1)
+    assert "needs 51 B on CPU" in found.words
 
 
 def test_layers_spill_only_if_they_may() -> None:
@@ -270,14 +272,24 @@ def test_more_room_never_hurts() -> None:
 
 def test_what_was_seen_corrects_the_next_estimate() -> None:
     seen = {
-        "CUDA0": MemoryParts(weights=500, cache=120, compute=80),
-        "CUDA1": MemoryParts(weights=400, cache=130, compute=100),
+        "CUDA0": MemoryParts(weights=500, cache=120, compute=140),
+        "CUDA1": MemoryParts(weights=400, cache=130, compute=142),
+        HOST: MemoryParts(weights=40, compute=999),
     }
     learnt = observed(NEED, seen)
     assert learnt == Correction(cache=1.25, compute=2.0)
     corrected = learnt.apply(NEED)
     assert (corrected.cache, corrected.compute) == (250, 100)
     assert corrected.weights == NEED.weights
+
+
+def test_layers_in_main_memory_are_not_shared_by_several_devices() -> None:
+    seen = {name: MemoryParts(cache=100, compute=75) for name in ("CUDA0", HOST)}
+    assert observed(NEED, seen) == Correction(compute=1.5)
+
+
+def test_an_engine_without_a_cache_teaches_its_buffer() -> None:
+    assert observed(NEED, {HOST: MemoryParts(compute=100)}) == Correction(compute=2.0)
 
 
 def test_a_correction_is_bounded_and_nothing_teaches_nothing() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +13,12 @@ import pytest
 
 from meshd.cache.gguf_header import parse_header
 from meshd.cache.shape import shape_of
-from meshd.election.fit import Estimate, estimate, observed
+from meshd.election.fit import HOST, Budget, Estimate, estimate, fit, observed
 from meshd.ids import InstanceId, ModelId
 from meshd.runtime.launch import LaunchSpec, server_argv
 from meshd.runtime.reported import VERBOSITY, MemoryHeard, MemoryReport
 from meshd.view.shape import ModelShape
+from tests.conftest import wait_until
 from tests.shapes import Latent, Recipe, write_shape, write_sparse
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -129,6 +133,80 @@ def test_the_estimate_holds_at_real_widths(
     table.append(_row(f"as wide as {name}", spec, guess, report))
     assert guess.total == pytest.approx(report.total, rel=0.01)
     assert guess.compute == pytest.approx(report.devices["CPU"].compute, rel=TOLERANCE)
+
+
+SPLITS = {
+    "one device": ((300 * MIB, 40 * MIB), False),
+    "two devices": ((100 * MIB, 140 * MIB), False),
+    "two devices and the CPU": ((60 * MIB, 60 * MIB), True),
+}
+"""Room on each device, and whether layers may stay on the CPU."""
+
+
+@pytest.mark.parametrize("room", SPLITS)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe("llama", kv_heads=4, layers=10, vocabulary=8000),
+        Recipe("gemma3", 9, kv_heads=2, head=128, window=512, feed_forward=1024, tied=True),
+    ],
+    ids=lambda recipe: recipe.architecture,
+)
+def test_each_device_holds_what_was_planned(
+    recipe: Recipe, room: str, short_dir: Path, engine_dir: Path, devices: tuple[str, str]
+) -> None:
+    weights = write_shape(short_dir / "m.gguf", recipe)
+    rooms, spill = SPLITS[room]
+    places = [
+        *(Budget(f"RPC{n}", size, host=False, accelerator=True) for n, size in enumerate(rooms)),
+        Budget(HOST, 500 * MIB, host=True, accelerator=False),
+    ]
+    guess = estimate(_shape_at(weights), context=4096, slots=2)
+    plan = fit(guess, places, spill=spill)
+    assert plan.fits, plan.words
+    split = ("--tensor-split", ",".join(map(str, plan.tensor_split)))
+    where = ("--rpc", ",".join(devices), "--device", ",".join(plan.layers), "-fit", "off")
+    spec = LaunchSpec(
+        ModelId("m"), str(weights), 4096, 2, gpu_layers=plan.gpu_layers, extra=(*where, *split)
+    )
+    report = _run(engine_dir, spec, short_dir)
+    assert report.offloaded == (plan.gpu_layers, recipe.layers + 1)
+    # A buffer of an RPC server is named after the server's own device: `RPC0[127.0.0.1:5000]`.
+    names = {f"RPC0[{address}]": f"RPC{number}" for number, address in enumerate(devices)}
+    seen = {names.get(name, name): parts for name, parts in report.devices.items()}
+    assert seen.keys() == plan.memory.keys()
+    for name, parts in seen.items():
+        # Never more; a device that holds little but the last layer computes with less.
+        assert parts.total <= plan.memory[name] * 1.02, name
+        assert parts.total >= plan.memory[name] - guess.compute / 2, name
+
+
+@pytest.fixture
+def devices(engine_dir: Path) -> Iterator[tuple[str, str]]:
+    """Addresses of two devices of their own, as the engine sees them: RPC servers on loopback."""
+    with contextlib.ExitStack() as stack:
+        addresses = []
+        for _ in range(2):
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            process = stack.enter_context(
+                subprocess.Popen(
+                    [engine_dir / "ggml-rpc-server", "-H", "127.0.0.1", "-p", str(port)],
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    env=os.environ | {"GGML_RPC_NO_RDMA": "1"},
+                )
+            )
+            stack.callback(process.kill)
+            wait_until(lambda: _listens(port), what=f"RPC server on {port}")  # noqa: B023
+            addresses.append(f"127.0.0.1:{port}")
+        yield addresses[0], addresses[1]
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_what_travels_says_the_same(short_dir: Path) -> None:

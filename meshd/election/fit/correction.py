@@ -14,6 +14,7 @@ from typing import Final
 
 import orjson
 
+from meshd.election.fit.budget import HOST
 from meshd.election.fit.estimate import Estimate, LayerNeed
 from meshd.view.shape import MemoryParts
 
@@ -47,10 +48,12 @@ def observed(estimate: Estimate, seen: Mapping[str, MemoryParts]) -> Correction:
     """The correction that would have made `estimate` what an engine with the same context, slots
     and types said it took, by device. The largest buffer counts: each device is given as much."""
     cache = sum(parts.cache for parts in seen.values())
-    compute = max((parts.compute for parts in seen.values()), default=0)
+    holders = {name: parts for name, parts in seen.items() if parts.cache} or seen
+    shared = 1 if HOST in holders else len(holders)
+    compute = max((parts.compute for parts in holders.values()), default=0)
     return Correction(
         _ratio(cache, estimate.cache, CACHE_BOUNDS),
-        _ratio(compute, estimate.compute, COMPUTE_BOUNDS),
+        _ratio(compute, estimate.compute_on_each(shared), COMPUTE_BOUNDS),
     )
 
 

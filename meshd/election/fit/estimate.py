@@ -10,8 +10,10 @@ logs at verbosity 4. Rules, numbered as in the code:
 5. For computing there is one buffer on each device, large enough for a batch of `BATCH` tokens in
    the hungriest layer: a mask of 2 bytes for each token of the batch and of the context, for each
    window a second one, and what is alive at once in one layer (`_alive`).
-6. Logits of one token for each slot are kept in the host's memory.
-7. Of a projector its weights are known; for computing a quarter of them is added.
+6. Where several devices share all layers the engine works on several batches at once, with
+   `COPIES` copies of what goes into each: the masks and a row of embeddings a token.
+7. Logits of one token for each slot are kept in the host's memory.
+8. Of a projector its weights are known; for computing a quarter of them is added.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from meshd.view.shape import LayerKind, ModelShape
 BATCH: Final = 512
 """Tokens worked on at once; the engine's `--ubatch-size`."""
 PAD: Final = 256
+COPIES: Final = 4
 FLOAT: Final = 4
 BLOCKS: Final[Mapping[str, tuple[int, int]]] = {
     "f32": (1, 4),
@@ -65,7 +68,11 @@ class Estimate:
     embedding: int
     """In the host's memory."""
     compute: int
-    """On each device that holds layers."""
+    """On a device that holds layers."""
+    masks: int
+    """Of one batch; part of `compute`."""
+    row: int
+    """Embeddings of one batch; part of `compute`."""
     logits: int
     """In the host's memory."""
     projector: int
@@ -83,6 +90,17 @@ class Estimate:
     @property
     def cache(self) -> int:
         return sum(layer.cache for layer in self.layers)
+
+    def compute_on_each(self, devices: int) -> int:
+        """On each of `devices` that hold all layers together (6)."""
+        copies = COPIES if devices > 1 else 1
+        return self.compute + (copies - 1) * (self.masks + self.row)
+
+    def compute_beside(self, devices: int) -> int:
+        """In main memory, if it holds none of the layers: what goes into each batch, and the
+        embeddings it is made of."""
+        copies = COPIES if devices > 1 else 1
+        return copies * (self.masks + self.row) + self.row
 
     @property
     def total(self) -> int:
@@ -110,6 +128,9 @@ def estimate(
     if kv_type not in BLOCKS:
         raise ValueError(f"`{kv_type}` is none of the types of a cache: {', '.join(BLOCKS)}")
     padded = _padded(context)  # 1
+    batch = min(BATCH, padded * slots)
+    masks = batch * _mask(shape, padded, 2 if flash_attention else FLOAT)
+    scores = 0 if flash_attention else batch * _scores(shape, padded)
     needs = tuple(
         LayerNeed(weights, _cache(kind, padded, slots, kv_type)) for weights, kind in shape.layers
     )
@@ -118,9 +139,11 @@ def estimate(
         output=shape.output_bytes,
         output_copy=shape.input_bytes if shape.tied else 0,
         embedding=shape.input_bytes,
-        compute=_compute(shape, padded, slots, flash_attention=flash_attention),
-        logits=FLOAT * shape.vocabulary * slots,  # 6
-        projector=shape.mmproj_bytes * 5 // 4,  # 7
+        compute=masks + scores + FLOAT * batch * _alive(shape),
+        masks=masks,
+        row=FLOAT * batch * shape.width,
+        logits=FLOAT * shape.vocabulary * slots,  # 7
+        projector=shape.mmproj_bytes * 5 // 4,  # 8
         prompts=prompts,
         context=padded,
         slots=slots,
@@ -142,14 +165,16 @@ def _cache(kind: LayerKind, context: int, slots: int, kv_type: str) -> int:
     return slots * (row * _cells(kind.window, context) + kind.state)  # 4
 
 
-def _compute(shape: ModelShape, context: int, slots: int, *, flash_attention: bool) -> int:
-    """The buffer of rule 5. A batch is shared out to the slots, so masks do not grow with them."""
-    batch = min(BATCH, context * slots)
+def _mask(shape: ModelShape, context: int, element: int) -> int:
+    """Bytes a token of a batch (5). A batch is shared out to slots: masks do not grow with them."""
     caches = {(kind.window > 0, _cells(kind.window, context)) for kind in shape.kinds if kind.key}
-    mask = sum(cells for _, cells in caches) * (2 if flash_attention else FLOAT)
-    longest = max((cells for _, cells in caches), default=0)
-    scores = 0 if flash_attention else FLOAT * shape.heads * longest
-    return batch * (mask + scores + FLOAT * _alive(shape))
+    return element * sum(cells for _, cells in caches)
+
+
+def _scores(shape: ModelShape, context: int) -> int:
+    """Bytes a token of a batch: without flash attention a layer compares with all keys at once."""
+    cells = (_cells(kind.window, context) for kind in shape.kinds if kind.key)
+    return FLOAT * shape.heads * max(cells, default=0)
 
 
 def _alive(shape: ModelShape) -> int:

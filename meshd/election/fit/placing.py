@@ -11,8 +11,9 @@ Rules, numbered as in the code:
 4. The embedding, the logits and prompts kept for later lie in main memory; the projector on the
    first device; the output layer on the last one, where it needs a copy of the embedding if it is
    the same weights.
-5. Each device that holds layers has a buffer for computing. Main memory beside accelerators has one
-   as well, no larger.
+5. Each device that holds layers has a buffer for computing, a larger one if several hold them all.
+   Main memory beside accelerators has one as well: for its own layers, or for what goes into each
+   batch.
 """
 
 from __future__ import annotations
@@ -81,19 +82,28 @@ def fit(
     refused = _refused(estimate, _in_one(estimate, roomiest[0]), room, accelerators)
     for count in range(1, len(roomiest) + 1):  # 2
         chosen = [name for name in accelerators if name in roomiest[:count]]
-        for rows in (_shared_out(estimate, chosen, room), _filled(estimate, chosen, room)):
-            if sum(map(len, rows.values())) == len(estimate.layers):
+        compute = estimate.compute_on_each(count)
+        even = _shared_out(estimate, chosen, room, compute)
+        for rows in (even, _filled(estimate, chosen, room, compute)):
+            if _held(rows) == len(estimate.layers):
                 found = _judged(estimate, *_laid(estimate, rows, host), room)
                 if found.fits:
                     return found
                 refused = found
     if not spill or host is None or host in accelerators:
         return refused
-    return _judged(estimate, *_laid(estimate, _filled(estimate, accelerators, room), host), room)
+    rows = _filled(estimate, accelerators, room, estimate.compute)
+    if _held(rows) == len(estimate.layers):  # 5: all of them would take the larger buffer
+        rows = _filled(estimate, accelerators, room, estimate.compute_on_each(len(accelerators)))
+    return _judged(estimate, *_laid(estimate, rows, host), room)
 
 
 Rows = Mapping[str, range]
 """Layers by accelerator, in order; those that are in none stay in main memory."""
+
+
+def _held(rows: Rows) -> int:
+    return sum(map(len, rows.values()))
 
 
 def _in_one(estimate: Estimate, device: str) -> int:
@@ -102,9 +112,11 @@ def _in_one(estimate: Estimate, device: str) -> int:
     return memory[device]
 
 
-def _shared_out(estimate: Estimate, devices: Sequence[str], room: Mapping[str, int]) -> Rows:
+def _shared_out(
+    estimate: Estimate, devices: Sequence[str], room: Mapping[str, int], compute: int
+) -> Rows:
     """All layers in proportion to the room for them; none where that is too little."""
-    rooms = [_for_layers(estimate, devices, n, room) for n in range(len(devices))]
+    rooms = [_for_layers(estimate, devices, n, room) - compute for n in range(len(devices))]
     whole = sum(layer.total for layer in estimate.layers)
     if min(rooms) < 0 or whole > sum(rooms):
         return {}
@@ -124,15 +136,17 @@ def _shared_out(estimate: Estimate, devices: Sequence[str], room: Mapping[str, i
     return rows
 
 
-def _filled(estimate: Estimate, devices: Sequence[str], room: Mapping[str, int]) -> Rows:
+def _filled(
+    estimate: Estimate, devices: Sequence[str], room: Mapping[str, int], compute: int
+) -> Rows:
     """As many layers as there is room for, the last ones, the last device first. A device without
     room for what may lie beside layers gets none."""
-    beside = estimate.compute + estimate.projector + estimate.output + estimate.output_copy
+    beside = compute + estimate.projector + estimate.output + estimate.output_copy
     roomy = [device for device in devices if room[device] > beside]
     rows: dict[str, range] = {}
     end = len(estimate.layers)
     for number in reversed(range(len(roomy))):
-        space = _for_layers(estimate, roomy, number, room)
+        space = _for_layers(estimate, roomy, number, room) - compute
         start = end
         while start > 0 and estimate.layers[start - 1].total <= space:
             space -= estimate.layers[start - 1].total
@@ -145,8 +159,9 @@ def _filled(estimate: Estimate, devices: Sequence[str], room: Mapping[str, int])
 def _for_layers(
     estimate: Estimate, devices: Sequence[str], number: int, room: Mapping[str, int]
 ) -> int:
-    """What is left for layers on one of `devices`; below zero if less than nothing (4, 5)."""
-    space = room[devices[number]] - estimate.compute
+    """What is left for layers and for computing on one of `devices`; below zero if the rest does
+    not fit (4)."""
+    space = room[devices[number]]
     if number == 0:
         space -= estimate.projector
     if number == len(devices) - 1:
@@ -160,17 +175,17 @@ def _laid(
     """(bytes by device, layers by accelerator) of these rows (4, 5)."""
     memory: Counter[str] = Counter()
     used = [device for device, row in rows.items() if row]
+    kept = len(estimate.layers) - _held(rows)
+    compute = estimate.compute if kept else estimate.compute_on_each(len(used))
     for device in used:
-        memory[device] += estimate.compute + sum(estimate.layers[n].total for n in rows[device])
+        memory[device] += compute + sum(estimate.layers[n].total for n in rows[device])
     if used:
         memory[used[0]] += estimate.projector
         memory[used[-1]] += estimate.output + estimate.output_copy
     if host is not None:
-        kept = len(estimate.layers) - sum(len(row) for row in rows.values())
         memory[host] += estimate.embedding + estimate.logits + estimate.prompts
         memory[host] += sum(layer.total for layer in estimate.layers[:kept])
-        if host not in used:
-            memory[host] += estimate.compute
+        memory[host] += estimate.compute if kept else estimate.compute_beside(len(used))
         if not used:
             memory[host] += estimate.output + estimate.projector
     return dict(memory), {device: len(row) for device, row in rows.items() if row}
