@@ -231,6 +231,14 @@ def test_layers_spill_only_if_they_may() -> None:
     assert dict(small.memory) == {HOST: NEED.total}
 
 
+def test_a_larger_buffer_may_leave_layers_in_main_memory() -> None:
+    places = [gpu(0, 560), gpu(1, 580), main(2000)]  # room for all, but not for the copies
+    assert not fit(NEED, places).fits
+    found = fit(NEED, places, spill=True)
+    assert dict(found.layers) == {"CUDA0": 4, "CUDA1": 4}
+    assert dict(found.memory) == {"CUDA0": 450, "CUDA1": 480, HOST: 41 + 200 + 50}
+
+
 def test_leases_are_not_free() -> None:
     assert fit(NEED, [main(2000)], {HOST: 1121}).fits
     assert fit(NEED, [main(2000)], {HOST: 1120}).missing == 1
