@@ -52,4 +52,4 @@ def _until(world: World, condition: Callable[[], bool]) -> float:
 
 def _wrong(world: World) -> list[str]:
     [everybody] = world.components()
-    return complaints(everybody, demand={})
+    return complaints(everybody, world.judge, demand={})

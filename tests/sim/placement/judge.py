@@ -11,7 +11,8 @@ After every event, of the node that handled it:
 4. An engine that is READY is stopped only because nobody wants it, its options changed, its node
    drains, its pin or its replicas moved, or enough others are READY with higher claims. Never for
    a better score, and never for somebody who only prepares.
-5. A worker never serves a host of a model at an older epoch than it served that host before.
+5. A node claims only when it is its turn (turns.py), and not if others were first meanwhile.
+6. A worker never serves a host of a model at an older epoch than it served that host before.
 """
 
 from __future__ import annotations
@@ -23,16 +24,24 @@ from typing import TYPE_CHECKING
 from meshd.election.ledger import Lease
 from meshd.election.words import (
     CapacityMeasured,
+    DeploymentsSeen,
     Effect,
+    EpochSaved,
     Event,
     HostMeasured,
+    LeasesChanged,
+    NodesSeen,
+    OffersMade,
+    PutToSleep,
+    SaveEpoch,
     Standing,
     StartHost,
     StopHost,
 )
-from meshd.ids import ModelId
+from meshd.ids import ModelId, NodeId
 from meshd.view import Claim, ClaimState, Deployment, ModelState, Suits
 from tests.sim.placement.agenda import Agenda
+from tests.sim.placement.turns import assert_no_better_way, assert_turn, record_of, standing
 
 if TYPE_CHECKING:
     from tests.sim.placement.station import Station
@@ -53,34 +62,55 @@ class Judge:
         self._highest: dict[tuple[int, ModelId], int] = {}
         self._leases: dict[int, Mapping[ModelId, Lease]] = {}
         self._excused: set[int] = set()
+        self._outdated: set[int] = set()
+        """Nodes whose leases changed after their offers."""
+        self._known_since: dict[tuple[int, int, ModelId, tuple[int, NodeId]], float] = {}
+        self.known: dict[tuple[int, int, ModelId], int] = {}
+        """The highest epoch that a run of a node was shown."""
         self._served: dict[tuple[int, ModelId, int], int] = {}
 
     def started(self, station: Station) -> None:
         self._claims[station.index] = {}
         self._leases[station.index] = {}
         self._excused.discard(station.index)
+        self._outdated.add(station.index)
 
     def crashed(self, station: Station) -> None:
         self._claims[station.index] = {}
         self.changed_at = self.agenda.now
 
-    def ordered(self, station: Station, effects: Sequence[Effect]) -> None:
+    def ordered(self, station: Station, event: Event, effects: Sequence[Effect]) -> None:
         """Before the orders are carried out."""
+        if isinstance(event, DeploymentsSeen):
+            for record in event.records:
+                since = (station.index, station.boot, record.model, record.stamp)
+                self._known_since.setdefault(since, self.agenda.now)
+        if isinstance(event, OffersMade):
+            self._outdated.discard(station.index)
         for effect in effects:
             match effect:
+                case SaveEpoch():
+                    self._check_turn(station, event, effect.model)
+                case PutToSleep():
+                    assert_no_better_way(station, record_of(station, effect.wanted_for))
                 case StartHost():
                     self.starts += 1
+                    self._check_start(station, effect.deployment.model)
                 case StopHost():
                     self.stops += 1
                     self._check_stop(station, effect)
                 case _:
                     pass
+        if any(isinstance(effect, LeasesChanged) for effect in effects):
+            self._outdated.add(station.index)
 
     def handled(self, station: Station, event: Event, effects: Sequence[Effect]) -> None:
         """When they have been."""
         what = f"{self.agenda.now:.6f} {station.index} {type(event).__name__} {len(effects)}"
         self.trace.update(what.encode())
         self._check_memory(station, event)
+        if isinstance(event, NodesSeen):
+            self._note_epochs(station)
         if effects:
             self._check_claims(station)
         self._check_engines(station)
@@ -90,7 +120,7 @@ class Judge:
         for claim in host.claims:
             if claim.state is ClaimState.READY:
                 key = (worker.index, claim.model, host.index)
-                assert claim.epoch >= self._served.get(key, 0), (  # 5
+                assert claim.epoch >= self._served.get(key, 0), (  # 6
                     f"{worker.name} served {host.name} for {claim.model} at epoch "
                     f"{self._served[key]}, and now at {claim.epoch}"
                 )
@@ -118,6 +148,9 @@ class Judge:
             lease = station.machine.ledger.holds(model)
             assert lease, f"{station.name} runs {model} without a lease"
             assert model in claimed, f"{station.name} runs {model} without a claim"
+            if engine.state is ModelState.READY:
+                leased = station.machine.ledger.leases[model].memory
+                assert leased == engine.memory, f"{station.name} took {engine.memory}, not {leased}"
             assert engine.epoch <= claimed[model].epoch, (station.name, engine, claimed[model])
 
     def _check_claims(self, station: Station) -> None:  # 2, 3
@@ -138,7 +171,8 @@ class Judge:
             assert claim.epoch <= station.disk.epochs.get(model, 0), f"not on disk, {where}"
             if model not in before:
                 assert claim.epoch > highest, f"not above {highest}, {where}"
-                assert claim.epoch > self._seen(station, model), f"not above the others', {where}"
+                known = self.known.get((station.index, station.boot, model), 0)
+                assert claim.epoch > known, f"not above the others' {known}, {where}"
             if claim.state is ClaimState.READY and before.get(model) != claim:
                 engine = station.engines.running.get(model)
                 ready = engine is not None and engine.state is ModelState.READY
@@ -156,9 +190,27 @@ class Judge:
             if model not in station.doomed
         }
 
-    def _seen(self, station: Station, model: ModelId) -> int:
-        claims = (s.claims.get(model) for s in station.seen)
-        return max((claim.epoch for claim in claims if claim is not None), default=0)
+    def _check_turn(self, station: Station, event: Event, model: ModelId) -> None:  # 5
+        """A claim that stands takes a higher epoch, or draws another one, without asking anew."""
+        if model in self._claims[station.index] or isinstance(event, EpochSaved):
+            return
+        assert station.index not in self._outdated, f"{station.name} claims {model} by old offers"
+        record = record_of(station, model)
+        since = (station.index, station.boot, model, record.stamp)
+        known_s = self.agenda.now - self._known_since[since]
+        assert_turn(station, record, replicas(record, station.demand), known_s)
+
+    def _check_start(self, station: Station, model: ModelId) -> None:  # 5
+        if model not in self._claims[station.index]:
+            record = record_of(station, model)
+            others, wanted = standing(station.seen, record), replicas(record, station.demand)
+            assert others < wanted, f"{station.name} starts {model} beside {others}"
+
+    def _note_epochs(self, station: Station) -> None:
+        for other in station.seen:
+            for model, claim in other.claims.items():
+                key = (station.index, station.boot, model)
+                self.known[key] = max(self.known.get(key, 0), claim.epoch)
 
     def _check_stop(self, station: Station, order: StopHost) -> None:  # 4
         engine = station.engines.running.get(order.model)
@@ -219,12 +271,12 @@ def options(record: Deployment) -> tuple[str, int | None, int | None]:
     return record.ref, record.context, record.parallel
 
 
-def complaints(group: list[Station], *, demand: Mapping[ModelId, int]) -> list[str]:
+def complaints(group: list[Station], judge: Judge, *, demand: Mapping[ModelId, int]) -> list[str]:
     """What is not as it should be among nodes that see each other, when all should be at rest."""
     books = [station.book.records for station in group]
     if any(book != books[0] for book in books):
         return ["their books of deployments differ"]
-    found = [line for record in books[0] for line in _misplaced(group, record, demand)]
+    found = [line for record in books[0] for line in _misplaced(group, judge, record, demand)]
     known = {record.model for record in books[0]}
     for station in group:
         held, running = set(station.machine.ledger.leases), set(station.engines.running)
@@ -236,26 +288,33 @@ def complaints(group: list[Station], *, demand: Mapping[ModelId, int]) -> list[s
 
 
 def _misplaced(
-    group: list[Station], record: Deployment, demand: Mapping[ModelId, int]
+    group: list[Station], judge: Judge, record: Deployment, demand: Mapping[ModelId, int]
 ) -> list[str]:
     model, found, ready, able = record.model, [], [], []
+    wanted = replicas(record, demand)
     for station in group:
         claim = next((c for c in station.claims if c.model == model), None)
         doomed = model in station.doomed
         offer = station.offers.get(model)
-        pinned = record.host in (None, station.id)
+        may = record.host in (None, station.id)
         if claim is not None and claim.state is ClaimState.READY:
             ready.append(station.name)
+            if may and options(station.engines.running[model].deployment) != options(record):
+                found.append(f"{station.name} serves {model} with other options")
+            seen = judge.known.get((station.index, station.boot, model), 0)
+            if may and wanted == 1 and claim.epoch < seen:
+                found.append(f"{station.name} stands with {claim}, and epoch {seen} was served")
         elif doomed:
             pass
         elif claim is not None:
             found.append(f"{station.name} is still at {claim}")
-        elif pinned and offer is not None and offer.bid.suits is not Suits.NO:
+        elif may and offer is not None and offer.bid.suits is not Suits.NO:
             able.append(f"{station.name} ({offer.bid.suits})")
         if claim is not None and claim.state is ClaimState.READY and station.draining:
             found.append(f"{station.name} drains and hosts {model}")
     wanted = replicas(record, demand)
-    if len(ready) > wanted:
+    pinned = record.host is None or any(s.id == record.host and s.name in ready for s in group)
+    if len(ready) > wanted and pinned:  # until then, those that served before go on
         found.append(f"{model}: {wanted} wanted, ready on {ready}")
     if len(ready) < wanted and able:
         found.append(f"{model}: {wanted} wanted, ready on {ready}, and able: {able}")

@@ -78,7 +78,7 @@ class Surroundings(Protocol):
 
     def wrote(self, station: Station) -> None: ...
 
-    def ordered(self, station: Station, effects: Sequence[Effect]) -> None: ...
+    def ordered(self, station: Station, event: Event, effects: Sequence[Effect]) -> None: ...
 
     def handled(self, station: Station, event: Event, effects: Sequence[Effect]) -> None: ...
 
@@ -171,7 +171,7 @@ class Station:
             effects = tuple(self.machine.handle(event, now))
             if effects or type(event) is not NodesSeen:
                 self.log.append(f"{now:.3f} {brief(event)} -> {', '.join(map(brief, effects))}")
-            self._world.ordered(self, effects)
+            self._world.ordered(self, event, effects)
             for effect in effects:
                 self._do(effect)
             self._world.handled(self, event, effects)

@@ -104,10 +104,11 @@ class Troubles:
         return max(0.0, changed_at - since)
 
     def _assert_right(self, what: str) -> None:
+        world = self.world
         wrong = [
             line
-            for group in self.world.components()
-            for line in complaints(group, demand=self.demand)
+            for group in world.components()
+            for line in complaints(group, world.judge, demand=self.demand)
         ]
         assert not wrong, f"{what}: {'; '.join(wrong[:5])}"
 

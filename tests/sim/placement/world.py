@@ -136,8 +136,8 @@ class World:
             if other is not station:
                 self._send(station, other, partial(other.merged, records))
 
-    def ordered(self, station: Station, effects: Sequence[Effect]) -> None:
-        self.judge.ordered(station, effects)
+    def ordered(self, station: Station, event: Event, effects: Sequence[Effect]) -> None:
+        self.judge.ordered(station, event, effects)
 
     def handled(self, station: Station, event: Event, effects: Sequence[Effect]) -> None:
         self.judge.handled(station, event, effects)
