@@ -70,7 +70,10 @@ class Surroundings(Protocol):
     chance: random.Random
     luck: Luck
     look_s: float
-    """How long a node gathers news before its machine sees them, at most."""
+    """How long a node gathers news before its machine sees them, at most; and if that is long,
+    before it makes its offers anew and tells the others."""
+    late: float
+    """The chance that whatever it does takes twenty times as long."""
 
     def needs(self, deployment: Deployment) -> int: ...
 
@@ -237,12 +240,12 @@ class Station:
     def reoffer(self) -> None:
         if not self._offering:
             self._offering = True
-            self.after(self._soon(0.05), self._offer)
+            self.after(self._soon(max(0.05, self._world.look_s)), self._offer)
 
     def speak(self) -> None:
         if not self._speaking:
             self._speaking = True
-            self.after(self._soon(0.02), self._speak)
+            self.after(self._soon(max(0.02, self._world.look_s)), self._speak)
 
     def _look(self) -> None:
         self._looking = False
@@ -338,7 +341,7 @@ class Station:
     def _soon(self, most_s: float) -> float:
         """Now and then much later than usual."""
         chance = self._world.chance
-        return chance.uniform(0.0, most_s * (20.0 if chance.random() < 0.02 else 1.0))
+        return chance.uniform(0.0, most_s * (20.0 if chance.random() < self._world.late else 1.0))
 
 
 def node_id(index: int) -> NodeId:

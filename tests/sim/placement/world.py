@@ -49,6 +49,7 @@ class World:
         self.luck = Luck()
         self.paths = Paths()
         self.look_s, self.exchange_s = look_s, exchange_s
+        self.late = 0.02
         self.judge = Judge(self.agenda)
         self.stations = [Station(i, node_id(i), self._devices(), self) for i in range(size)]
         self._cut: set[tuple[int, int]] = set()
@@ -59,6 +60,7 @@ class World:
     def begin(self) -> None:
         for station in self.stations:
             self._start(station)
+        self._changed()
 
     def run(self, seconds: float) -> None:
         self.agenda.run(seconds)
@@ -77,6 +79,7 @@ class World:
     def restart(self, station: Station) -> None:
         self._silent.discard(station.index)
         self._start(station)
+        self._changed()
 
     def cut(self, senders: Iterable[int], receivers: Iterable[int]) -> None:
         """All that goes from `senders` to `receivers` is lost; one way."""
@@ -151,7 +154,6 @@ class World:
     def _start(self, station: Station) -> None:
         station.start()
         self.judge.started(station)
-        self._changed()
         station.after(self.chance.uniform(0.0, self.exchange_s), lambda: self._exchange(station))
 
     def _exchange(self, station: Station) -> None:
