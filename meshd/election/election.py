@@ -89,10 +89,13 @@ does not hold up the others."""
 
 
 class Election:
-    """See the module's docstring. `epochs`: those saved by earlier runs of this node."""
+    """See the module's docstring. `epochs`, `floor`: what the store kept of earlier runs of this
+    node."""
 
-    def __init__(self, own: NodeId, name: str, epochs: Mapping[ModelId, int]) -> None:
-        self._outlook = Outlook(own, name, epochs)
+    def __init__(
+        self, own: NodeId, name: str, epochs: Mapping[ModelId, int], floor: int = 0
+    ) -> None:
+        self._outlook = Outlook(own, name, epochs, floor)
         self._held = Holdings(name)
         self._offers: Mapping[ModelId, Offer] = {}
         self._sent_to_sleep: dict[ModelId, int] = {}

@@ -18,9 +18,11 @@ _MOVING = (ClaimState.READY, ClaimState.DRAINING)
 
 
 class Outlook:
-    """`epochs`: the highest epoch this node saved, by model."""
+    """`epochs`: the highest epoch this node saved, by model; `floor`: of all models without one."""
 
-    def __init__(self, own: NodeId, name: str, epochs: Mapping[ModelId, int]) -> None:
+    def __init__(
+        self, own: NodeId, name: str, epochs: Mapping[ModelId, int], floor: int = 0
+    ) -> None:
         self.own = own
         self.name = name
         self.draining = False
@@ -33,6 +35,7 @@ class Outlook:
         """When the record that there is came."""
         self._claimants: dict[ModelId, list[Standing]] = {}
         self._epochs = dict(epochs)
+        self._floor = floor
         self._last_hosts: dict[ModelId, Mapping[NodeId, str]] = {}
         """Names of those that hosted when there were last enough of them."""
 
@@ -82,7 +85,7 @@ class Outlook:
 
     def epoch(self, model: ModelId) -> int:
         """The highest one that was ever seen, saved or drawn here."""
-        return self._epochs.get(model, 0)
+        return self._epochs.get(model, self._floor)
 
     def next_epoch(self, model: ModelId) -> int:
         """Draw a higher one; no two draws are equal."""

@@ -59,9 +59,9 @@ def of(kind: type[E], effects: list[Effect]) -> list[E]:
     return [e for e in effects if isinstance(e, kind)]
 
 
-def asking(*nodes: Standing, epochs: dict[ModelId, int] | None = None) -> Election:
+def asking(*nodes: Standing, epochs: dict[ModelId, int] | None = None, floor: int = 0) -> Election:
     """It knows everything but the deployment."""
-    election = Election(OWN, "own", epochs or {})
+    election = Election(OWN, "own", epochs or {}, floor)
     election.handle(CapacityMeasured({"CUDA0": 10 * GB}), 0.0)
     election.handle(NodesSeen(nodes), 0.0)
     return election
@@ -109,6 +109,13 @@ def test_nothing_is_told_or_started_before_the_epoch_is_saved() -> None:
     assert isinstance(changed, HostChanged)
     assert changed.cause == "first"
     assert changed.why == published.claims[0].reason
+
+
+def test_6_no_epoch_is_below_the_floor_of_a_store_that_lost_some() -> None:
+    assert of(SaveEpoch, ask(asking(floor=1000))) == [SaveEpoch(M, 1001)]
+    assert of(SaveEpoch, ask(asking(floor=1000, epochs={M: 2000}))) == [SaveEpoch(M, 2001)]
+    known = asking(node("b", bid(), claim(7, FAILED)), floor=1000)
+    assert of(SaveEpoch, ask(known)) == [SaveEpoch(M, 1001)]
 
 
 @pytest.mark.parametrize("unknown", ["nodes", "offers", "records"])
