@@ -74,7 +74,7 @@ say 'chat with builtin' "$tokens tokens"
 # 5. doctor sees this machine. It may complain of the emulation, under which the kernel runs qemu and
 # not the engine's file (`installed`), and of nothing else.
 "${as_meshd[@]}" meshd doctor --json >/tmp/doctor.json || true
-say 'meshd doctor' "$(python3 -c '
+checks=$(python3 -c '
 import json
 from collections import Counter
 steps = json.load(open("/tmp/doctor.json"))
@@ -82,7 +82,8 @@ counts = Counter(step["state"] for step in steps)
 failed = [step["step"] for step in steps if step["state"] == "failed"]
 assert set(failed) <= {"installed"}, failed
 print(dict(counts), "failed:", ", ".join(failed) or "none")
-')"
+') || fail "doctor: $(cat /tmp/doctor.json)"
+say 'meshd doctor' "$checks"
 
 # 6. A stop ends it cleanly.
 kill -TERM "$node"
