@@ -49,7 +49,6 @@ from typing import assert_never
 from meshd.election.claims import (
     Contender,
     contenders,
-    highest_epoch,
     outranked_epoch,
     ready_elsewhere,
     wanted_replicas,
@@ -174,8 +173,7 @@ class Election:
         hosted = self._held.hosted.get(event.model)
         if hosted is None:
             return
-        claimed = highest_epoch(event.model, self._outlook.claimants(event.model, None))
-        if max(claimed + 1, self._outlook.epoch(event.model)) > hosted.epoch:
+        if self._outlook.heard_epoch(event.model) >= hosted.epoch:
             self._held.put(replace(hosted, epoch=self._save_next_epoch(event.model)))
             return
         self._held.put(replace(hosted, phase=Phase.PREPARING, reason=hosted.why))

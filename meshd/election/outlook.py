@@ -1,19 +1,24 @@
 """What an election knows of the mesh: records, other nodes, epochs, who hosted last. Pure.
 
-Other nodes' words are replaced whole, so what is kept of them is bounded by the adverts; epochs and
-last hosts are kept by models that a deployment was ever seen of.
+Other nodes' words are replaced whole, so what is kept of them is bounded by the adverts; last hosts
+are kept by models that a deployment was ever seen of. Epochs count as soon as they are heard, also
+of models whose record is still on its way: the claim may be gone when it comes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Final
 
 from meshd.election.claims import Contender, highest_epoch
 from meshd.election.words import Standing
 from meshd.ids import ModelId, NodeId
 from meshd.view import Bid, Claim, ClaimState, Deployment
 
+MAX_EPOCHS: Final = 4096
+"""Models whose epochs are kept as heard. Full-policy as in the store: the lowest one goes, and becomes
+the floor of all that are not kept."""
 _MOVING = (ClaimState.READY, ClaimState.DRAINING)
 
 
@@ -34,7 +39,10 @@ class Outlook:
         self.seen_at: dict[ModelId, float] = {}
         """When the record that there is came."""
         self._claimants: dict[ModelId, list[Standing]] = {}
-        self._epochs = dict(epochs)
+        self._own = dict(epochs)
+        """Saved or drawn here."""
+        self._heard: dict[ModelId, int] = {}
+        """Claimed by others, or by an earlier run of this node."""
         self._floor = floor
         self._last_hosts: dict[ModelId, Mapping[NodeId, str]] = {}
         """Names of those that hosted when there were last enough of them."""
@@ -46,12 +54,13 @@ class Outlook:
         for node in nodes:
             if node.node == self.own:
                 for model, claim in node.claims.items():
-                    self._epochs[model] = max(self.epoch(model), claim.epoch)
+                    self._hear_epoch(model, claim.epoch)
                 continue
             self.others[node.node] = node
             for model in node.claims:
                 self._claimants.setdefault(model, []).append(node)
-        self._note_epochs()
+        for model, claimants in self._claimants.items():
+            self._hear_epoch(model, highest_epoch(model, claimants))
 
     def see_deployments(self, records: Iterable[Deployment], now: float) -> None:
         before = self.deployments
@@ -62,7 +71,6 @@ class Outlook:
             else now
             for model, record in self.deployments.items()
         }
-        self._note_epochs()
 
     def myself(
         self, model: ModelId, *, claim: Claim | None = None, bid: Bid | None = None
@@ -84,18 +92,24 @@ class Outlook:
     # -- epochs -----------------------------------------------------------------------------------
 
     def epoch(self, model: ModelId) -> int:
-        """The highest one that was ever seen, saved or drawn here."""
-        return self._epochs.get(model, self._floor)
+        """The highest one that was ever heard, saved or drawn here."""
+        return max(self._own.get(model, 0), self.heard_epoch(model))
+
+    def heard_epoch(self, model: ModelId) -> int:
+        """The highest one that is somebody else's, as far as can be told."""
+        return max(self._heard.get(model, 0), self._floor)
 
     def next_epoch(self, model: ModelId) -> int:
         """Draw a higher one; no two draws are equal."""
-        self._epochs[model] = self.epoch(model) + 1
-        return self._epochs[model]
+        self._own[model] = self.epoch(model) + 1
+        return self._own[model]
 
-    def _note_epochs(self) -> None:
-        for model, claimants in self._claimants.items():
-            if model in self.deployments:
-                self._epochs[model] = max(self.epoch(model), highest_epoch(model, claimants))
+    def _hear_epoch(self, model: ModelId, epoch: int) -> None:
+        if epoch > self.heard_epoch(model):
+            self._heard[model] = epoch
+        while len(self._heard) > MAX_EPOCHS:
+            lowest = min(self._heard, key=self._heard.__getitem__)
+            self._floor = max(self._floor, self._heard.pop(lowest))
 
     # -- who hosted -------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from meshd.election.election import BID_WAIT_S, Election
 from meshd.election.hosted import BACKOFF_S, PROVED_S, Phase
+from meshd.election.outlook import MAX_EPOCHS
 from meshd.election.words import (
     CapacityMeasured,
     DemandMoved,
@@ -109,6 +110,33 @@ def test_nothing_is_told_or_started_before_the_epoch_is_saved() -> None:
     assert isinstance(changed, HostChanged)
     assert changed.cause == "first"
     assert changed.why == published.claims[0].reason
+
+
+def test_6_an_epoch_that_was_claimed_while_it_was_saved_is_drawn_anew() -> None:
+    """Also if whoever claimed it gave up meanwhile."""
+    election = asking()
+    assert of(SaveEpoch, ask(election)) == [SaveEpoch(M, 1)]
+    election.handle(NodesSeen((node("a", bid(), claim(1, DRAINING)),)), 0.1)
+    election.handle(NodesSeen((node("a", bid(suits=Suits.NO)),)), 0.2)
+    assert of(SaveEpoch, election.handle(EpochSaved(M, 1), 0.3)) == [SaveEpoch(M, 2)]
+
+
+def test_6_an_epoch_counts_although_its_record_came_after_its_claim_was_gone() -> None:
+    election = asking(node("b", bid(), claim(5)))
+    election.handle(NodesSeen(()), 1.0)
+    assert of(SaveEpoch, ask(election, 2.0)) == [SaveEpoch(M, 6)]
+
+
+def test_6_epochs_of_made_up_models_are_forgotten_and_none_is_used_twice() -> None:
+    election = asking(node("b", bid(), claim(5)))
+    for start in range(0, 2 * MAX_EPOCHS, 256):
+        names = [ModelId(f"x{number}") for number in range(start, start + 256)]
+        claims = (replace(claim(9), model=name) for name in names)
+        election.handle(NodesSeen((node("b", bid(), *claims),)), 1.0)
+    election.handle(NodesSeen(()), 1.0)
+    (drawn,) = of(SaveEpoch, ask(election, 2.0))
+    assert 6 <= drawn.epoch <= 10
+    assert len(election._outlook._heard) <= MAX_EPOCHS
 
 
 def test_6_no_epoch_is_below_the_floor_of_a_store_that_lost_some() -> None:
