@@ -17,8 +17,8 @@ from meshd.ids import ModelId, NodeId
 from meshd.view import Bid, Claim, ClaimState, Deployment
 
 MAX_EPOCHS: Final = 4096
-"""Models whose epochs are kept as heard. Full-policy as in the store: the lowest one goes, and becomes
-the floor of all that are not kept."""
+"""Models whose epochs are kept as heard. Full-policy as in the store: the lowest one goes, and
+becomes the floor of all that are not kept."""
 _MOVING = (ClaimState.READY, ClaimState.DRAINING)
 
 
