@@ -80,7 +80,11 @@ class Machine:
         trace: TracebackType | None,
     ) -> None:
         if self._process is not None and self._process.poll() is None:
-            self._process.kill()  # the kernel ends what is in it
+            if self._init:
+                # The end of its first process is that of all in it; that of nspawn is not.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self._init, signal.SIGKILL)
+            self._process.kill()
             self._process.wait(BOOT_LIMIT_S)
         shutil.rmtree(self._home)
 
