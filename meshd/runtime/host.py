@@ -314,7 +314,7 @@ class ModelHost(Service):
             self._measurements.keep(self._launches[report.model], report.memory)
         if report.state is ChildState.STOPPED:
             self._engines.pop(report.model, None)
-            del self._attempts[report.model]
+            del self._attempts[report.model], self._launches[report.model]
         self._post(EngineReported(report.model, state, report.reason))
 
     # -- view -------------------------------------------------------------------------------------
