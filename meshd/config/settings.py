@@ -57,6 +57,10 @@ class EngineSettings(Section):
     parallel: int | None = Field(None, ge=1, le=1024)
     """Slots; None leaves it at 4. More slots share the memory of the context."""
     threads: int | None = Field(None, ge=1)
+    prompt_cache: Annotated[str, StringConstraints(pattern=SIZE_PATTERN)] = "1GB"
+    """Main memory in which an engine keeps conversations that have lost their slot, so that they
+    need not be read again; never more than its slots have themselves. Counted before a model is
+    placed. `0B` keeps none."""
     extra_args: tuple[str, ...] = ()
     """Appended to llama-server's command line as they are."""
     start_silence_s: Seconds = 120.0
@@ -137,7 +141,19 @@ class Config(Section):
     mdns: bool = True
     """Look for members on the LAN, and let them find this node."""
     model: tuple[str, ...] = ()
-    """REFs to load at start."""
+    """REFs the mesh is to serve: deployed when this node starts, hosted by whichever node suits
+    best. One that is left out at the next start is unloaded, if no other node deployed it since."""
+    auto: bool = False
+    """If the mesh has no model deployed, choose the best one of the catalog that fits."""
+    on_demand: bool = False
+    """Load a model that lies on the disk of some node when a request names it. Whoever may ask
+    this node's API decides then what is loaded."""
+    idle_unload_s: Annotated[float, Field(ge=10, le=30 * 86_400)] | None = None
+    """A model that no node has asked for this long is unloaded until it is asked for again.
+    Default: never."""
+    max_vram: Annotated[str, StringConstraints(pattern=SIZE_PATTERN)] | None = None
+    """How much memory models may take on this node: of its accelerators together, or of main memory
+    if it has none. Default: what is free."""
     api_key: str | None = Field(None, min_length=8, repr=False)
     api_key_file: Path | None = None
     data_dir: Path

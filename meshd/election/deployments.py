@@ -28,6 +28,7 @@ from typing import Final, TypedDict, Unpack
 from meshd.election.records import MAX_VERSION, fingerprint, problem_of, supersedes
 from meshd.ids import ModelId, NodeId
 from meshd.view import Cause, Deployment
+from meshd.view.shape import ModelShape
 
 MAX_RECORDS: Final = 1024
 PLAUSIBLE_VERSION: Final = 1 << 40
@@ -41,6 +42,7 @@ class Changes(TypedDict, total=False):
     context: int | None
     parallel: int | None
     host: NodeId | None
+    shape: ModelShape | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +112,10 @@ class DeploymentBook:
         context: int | None = None,
         parallel: int | None = None,
         host: NodeId | None = None,
+        shape: ModelShape | None = None,
     ) -> Written | Rejected:
-        """Deploy `model`, or deploy it anew with these options; wakes it up."""
+        """Deploy `model`, or deploy it anew with these options; wakes it up. A shape that is known
+        stays if none is given."""
         before = self._records.get(model)
         if before is not None and not before.removed and before.ref != ref:  # 6
             return Rejected(
@@ -120,9 +124,17 @@ class DeploymentBook:
             )
         if before is not None and not before.removed and cause is not Cause.OPERATOR:  # 7
             return self.wake(model, origin)
-        return self._write(
-            Deployment(model, ref, 0, origin, replicas, context, parallel, host, cause)
-        )
+        if shape is None and before is not None:
+            shape = before.shape
+        wish = Deployment(model, ref, 0, origin, replicas, context, parallel, host, cause)
+        return self._write(replace(wish, shape=shape))
+
+    def renew(self, model: ModelId, origin: NodeId) -> Written | Rejected:
+        """The same record in a new version: who failed with the last one tries again."""
+        before = self._records.get(model)
+        if before is None or before.removed:
+            return _not_deployed(model)
+        return self._put_newer(replace(before, origin=origin), before)
 
     def unload(self, model: ModelId, origin: NodeId) -> Written | Rejected:
         """Leave a tombstone (3). Unloading twice changes nothing."""
@@ -157,6 +169,9 @@ class DeploymentBook:
         before = self._records.get(wish.model)
         if before is not None and _says_the_same(wish, before):  # 5
             return Written(before, changed=False)
+        return self._put_newer(wish, before)
+
+    def _put_newer(self, wish: Deployment, before: Deployment | None) -> Written | Rejected:
         record = replace(wish, version=self._next_version(before))
         if record.version > MAX_VERSION:
             return Rejected(

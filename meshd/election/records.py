@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from meshd.ids import ModelId, NodeId
 from meshd.view import Cause, Deployment
+from meshd.view.shape import MAX_JSON_BYTES, ModelShape
 
 MAX_VERSION: Final = (1 << 53) - 1
 """The largest integer every reader of JSON keeps exactly."""
@@ -41,6 +42,8 @@ class _Record(BaseModel):
     cause: Annotated[Cause, Field(strict=False)] = Cause.OPERATOR
     asleep: bool = False
     removed: bool = False
+    shape: Annotated[str, StringConstraints(max_length=MAX_JSON_BYTES)] | None = None
+    """`ModelShape.to_json`; one that makes no sense is as good as none."""
 
     def to_view(self) -> Deployment:
         return Deployment(
@@ -55,6 +58,7 @@ class _Record(BaseModel):
             cause=self.cause,
             asleep=self.asleep,
             removed=self.removed,
+            shape=_shape(self.shape),
         )
 
 
@@ -101,4 +105,16 @@ def supersedes(one: Deployment, other: Deployment) -> bool:
 
 
 def _fields(record: Deployment) -> dict[str, Any]:
-    return {name: getattr(record, name) for name in _Record.model_fields}
+    fields = {name: getattr(record, name) for name in _Record.model_fields}
+    if record.shape is not None:
+        fields["shape"] = record.shape.to_json().decode()
+    return fields
+
+
+def _shape(text: str | None) -> ModelShape | None:
+    if text is None:
+        return None
+    try:
+        return ModelShape.from_json(text.encode())
+    except ValueError:
+        return None

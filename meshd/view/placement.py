@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from meshd.ids import ModelId, NodeId
+
+if TYPE_CHECKING:
+    from meshd.view.shape import ModelShape
 
 
 class Cause(StrEnum):
@@ -48,6 +52,8 @@ class Deployment:
     asleep: bool = False
     """Served by nobody until it is asked for again."""
     removed: bool = False
+    shape: ModelShape | None = None
+    """What its memory depends on; None while nobody has said so who could read its headers."""
 
     @property
     def stamp(self) -> tuple[int, NodeId]:

@@ -316,6 +316,8 @@ class PeerView:
     bids: tuple[Bid, ...] = ()
     """At most one a model, as `claims`; both are empty for a client node."""
     claims: tuple[Claim, ...] = ()
+    demand: tuple[tuple[ModelId, float], ...] = ()
+    """Slots of each model that its clients keep busy, wherever the engines are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,3 +346,7 @@ class View:
     """This node's own, at most one a model; other nodes are told."""
     claims: tuple[Claim, ...] = ()
     """As `bids`."""
+    demand: tuple[tuple[ModelId, float], ...] = ()
+    """Of this node's own clients, as `PeerView.demand`."""
+    wanted: Mapping[ModelId, ModelView] = field(default_factory=lambda: MappingProxyType({}))
+    """Deployments as they look while no node works on them: why they wait, sleep or failed."""
