@@ -6,11 +6,16 @@
    a better score. Then the higher epoch, the higher score, the higher node id.
 3. As many as replicas are wanted stand, the first of that order. The others give up, each by its
    own decision; the engine of one that stands is never touched.
+4. Where fewer contend, those READY whose nodes may host no longer stand in, in the same order: they
+   serve on until they are replaced.
+5. A host that stands, or stands in, needs a higher epoch than every claim that does not. One that
+   FAILED is no rival: its node tries again and again, and takes a higher one each time. No claim
+   that stands is outbid, so two hosts that see each other do not outbid each other for ever.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from meshd.election.ranking import may_not_host
@@ -19,6 +24,8 @@ from meshd.ids import ModelId, NodeId
 from meshd.view import Claim, ClaimState, Deployment
 
 CONTENDING = frozenset({ClaimState.PREPARING, ClaimState.READY})
+RIVALS = CONTENDING | {ClaimState.DRAINING}
+"""Served by somebody, or to be served (5)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +68,37 @@ def highest_epoch(model: ModelId, nodes: Iterable[Standing]) -> int:
     return max((c.epoch for n in nodes if (c := n.claims.get(model)) is not None), default=0)
 
 
+def standing(
+    deployment: Deployment, nodes: Iterable[Standing], found: Sequence[Contender], wanted: int
+) -> tuple[Contender, ...]:
+    """Whose claims stand, or stand in (3, 4). `found`: those that contend, in their order."""
+    contending = {c.node.node for c in found}
+    serving_on = [
+        Contender(node, claim)
+        for node in nodes
+        if (claim := node.claims.get(deployment.model)) is not None
+        and claim.state is ClaimState.READY
+        and node.node not in contending
+    ]
+    serving_on.sort(key=lambda c: c.precedence, reverse=True)
+    return (*found, *serving_on)[:wanted]
+
+
 def outranked_epoch(
-    deployment: Deployment, nodes: Iterable[Standing], stand: Iterable[Contender]
-) -> int:
-    """The highest epoch among claims that do not stand. A host that stands with a lower one must
-    take a higher one: workers serve only the newest epoch they know."""
+    model: ModelId, nodes: Iterable[Standing], stand: Iterable[Contender]
+) -> int | None:
+    """The highest epoch among the rivals of those that stand (5); None if they have none."""
     standing = {c.node.node for c in stand}
-    return highest_epoch(deployment.model, (n for n in nodes if n.node not in standing))
+    return max(
+        (
+            claim.epoch
+            for node in nodes
+            if node.node not in standing
+            and (claim := node.claims.get(model)) is not None
+            and claim.state in RIVALS
+        ),
+        default=None,
+    )
 
 
 def ready_elsewhere(found: Iterable[Contender], own: NodeId) -> int:

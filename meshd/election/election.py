@@ -17,8 +17,9 @@ Rules, numbered as in the code:
 1. A removed deployment, or one that sleeps, is hosted by nobody.
 2. The first claims of the order in claims.py stand, as many as replicas are wanted; a claim beyond
    them gives up.
-3. A host that stands takes a higher epoch than every claim that lost to it, and leaves its engine
-   alone.
+3. A host that stands, or serves on until it is replaced (9), takes a higher epoch than every claim
+   that lost to it, and leaves its engine alone. A single host takes a higher one than any that was
+   ever heard: a worker may have served it.
 4. A gap is filled by the nodes that are first in the ranking; each claims for itself only.
 5. The first claim waits until all who may host have bid, `BID_WAIT_S` at most since the record was
    seen. Whoever replaces a host finds the bids that were made before.
@@ -51,6 +52,7 @@ from meshd.election.claims import (
     contenders,
     outranked_epoch,
     ready_elsewhere,
+    standing,
     wanted_replicas,
 )
 from meshd.election.explain import why_claim, why_outranked
@@ -165,7 +167,10 @@ class Election:
         if hosted is None:
             return
         if hosted.raising == event.epoch:
-            self._held.put(replace(hosted, epoch=event.epoch, raising=None))  # 3
+            raised = replace(hosted, epoch=event.epoch, raising=None)  # 3
+            if hosted.wanted == 1 and self._outlook.heard_epoch(event.model) >= event.epoch:
+                raised = replace(hosted, raising=self._save_next_epoch(event.model))
+            self._held.put(raised)
             return
         if hosted.phase is not Phase.CLAIMING or hosted.epoch != event.epoch:
             return
@@ -223,12 +228,22 @@ class Election:
             cause = "scaled" if wanted < hosted.wanted else "conflict"
             self._held.give_up(hosted, why_outranked(found, self._outlook.own, wanted), cause)  # 2
         else:
-            alone = self._outlook.epoch(deployment.model) if wanted == 1 else 0
-            rival = max(alone, outranked_epoch(deployment, claimants, found[:wanted]))
-            raising = hosted.raising
-            if raising is None and rival > hosted.epoch:
-                raising = self._save_next_epoch(deployment.model)  # 3
-            self._serve(replace(hosted, wanted=wanted, raising=raising), deployment, now)
+            self._serve(replace(hosted, wanted=wanted), deployment, now)
+        stand = standing(deployment, claimants, found, wanted)
+        if any(c.node.node == self._outlook.own for c in stand):
+            rival = outranked_epoch(deployment.model, claimants, stand)
+            self._outbid(deployment.model, rival, wanted)
+
+    def _outbid(self, model: ModelId, rival: int | None, wanted: int) -> None:
+        """See that its epoch is above those of claims that lost to it (3)."""
+        hosted = self._held.hosted.get(model)
+        if hosted is None or hosted.phase in (Phase.DRAINING, Phase.FAILED):
+            return  # it was given up just now
+        lost = rival is not None and rival >= hosted.epoch
+        ever = wanted == 1 and self._outlook.epoch(model) > hosted.epoch
+        if hosted.raising is None and (lost or ever):
+            raising = self._save_next_epoch(model)
+            self._held.put(replace(hosted, raising=raising, wanted=wanted))
 
     def _hand_over(
         self,

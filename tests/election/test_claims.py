@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshd.election.claims import contenders, outranked_epoch, ready_elsewhere, wanted_replicas
+from meshd.election.claims import (
+    contenders,
+    outranked_epoch,
+    ready_elsewhere,
+    standing,
+    wanted_replicas,
+)
 from meshd.ids import NodeId
 from meshd.view import Claim, ClaimState
 from tests.election.words import DRAINING, FAILED, PREPARING, READY, M, claim, node, record
@@ -56,12 +62,30 @@ def test_how_many_are_wanted() -> None:
     assert wanted_replicas(record(removed=True), {}) == 0
 
 
-def test_only_claims_that_do_not_stand_call_for_a_higher_epoch() -> None:
+def test_5_only_claims_that_do_not_stand_call_for_a_higher_epoch() -> None:
     nodes = [node("a", claim(1)), node("b", claim(2)), node("c", claim(7, DRAINING))]
     found = contenders(record(replicas=2), nodes)
-    assert outranked_epoch(record(), nodes, found[:2]) == 7
-    assert outranked_epoch(record(), nodes[:2], found[:2]) == 0
+    assert outranked_epoch(M, nodes, found[:2]) == 7
+    assert outranked_epoch(M, nodes[:2], found[:2]) is None
     assert ready_elsewhere(found, NodeId("a")) == 1
+
+
+def test_5_who_failed_is_no_rival() -> None:
+    nodes = [node("a", claim(1)), node("b", claim(9, FAILED)), node("c", claim(2, DRAINING))]
+    found = contenders(record(), nodes)
+    assert outranked_epoch(M, nodes, found) == 2
+
+
+def test_4_who_may_host_no_longer_stands_in_while_it_serves_and_too_few_contend() -> None:
+    nodes = [
+        node("a", claim(9, PREPARING), draining=True),
+        node("b", claim(3), draining=True),
+        node("c", claim(4), draining=True),
+        node("d", claim(1, PREPARING)),
+    ]
+    found = contenders(record(), nodes)
+    names = [[c.node.name for c in standing(record(), nodes, found, n)] for n in (0, 1, 2, 3, 4)]
+    assert names == [[], ["d"], ["d", "c"], ["d", "c", "b"], ["d", "c", "b"]]
 
 
 CLAIMS = st.builds(claim, st.integers(1, 4), st.sampled_from(ClaimState), st.integers(0, 2))

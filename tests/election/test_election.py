@@ -288,6 +288,130 @@ def test_replicas_do_not_outbid_each_other() -> None:
     assert shown(election) == (1, READY)
 
 
+def test_3_of_two_with_one_epoch_the_one_that_stands_takes_a_higher_one_once() -> None:
+    """Workers that serve the newest epoch they know could not tell the two apart."""
+    election = serving()
+    rival = NodesSeen((node("a", claim(1)),))
+    assert election.handle(rival, 5.0) == [SaveEpoch(M, 2)]
+    assert election.handle(rival, 5.1) == []
+    election.handle(EpochSaved(M, 2), 5.2)
+    assert shown(election) == (2, READY)
+    assert election.handle(NodesSeen((node("a", claim(1, DRAINING)),)), 5.3) == []
+
+
+def test_3_of_two_with_one_epoch_the_one_that_loses_takes_none() -> None:
+    effects = serving().handle(NodesSeen((node("a", claim(1, score=2**50)),)), 5.0)
+    assert of(SaveEpoch, effects) == []
+    assert of(StopHost, effects)
+
+
+def test_3_replicas_with_one_epoch_leave_each_other_alone() -> None:
+    election = serving(replicas=2)
+    assert election.handle(NodesSeen((node("a", claim(1)),)), 5.0) == []
+
+
+def test_3_who_drains_with_the_same_epoch_is_outbid() -> None:
+    election = serving(replicas=2)
+    assert of(SaveEpoch, election.handle(NodesSeen((node("a", claim(1, DRAINING)),)), 5.0))
+
+
+def test_3_replicas_take_no_higher_epoch_when_another_node_fails_again_and_again() -> None:
+    election = serving(replicas=2)
+    for epoch in (2, 3, 4):
+        assert election.handle(NodesSeen((node("a", claim(epoch, PREPARING)),)), 5.0) == []
+        assert election.handle(NodesSeen((node("a", claim(epoch, FAILED)),)), 6.0) == []
+    assert shown(election) == (1, READY)
+    ask(election, 7.0, version=2, removed=True)
+    report(election, ModelState.ABSENT, 8.0)
+    election.handle(NodesSeen(()), 8.5)
+    assert of(SaveEpoch, ask(election, 9.0, version=3)) == [SaveEpoch(M, 5)]
+
+
+def test_3_a_single_host_is_above_all_that_was_ever_served() -> None:
+    """Also by a host that failed since: a worker may have served it."""
+    election = serving()
+    assert election.handle(NodesSeen((node("a", claim(2, FAILED)),)), 5.0) == [SaveEpoch(M, 2 + 1)]
+
+
+def test_3_an_epoch_heard_while_a_higher_one_is_saved_is_outbid_too() -> None:
+    election = serving()
+    election.handle(NodesSeen((node("a", claim(1)),)), 5.0)
+    election.handle(NodesSeen((node("a", claim(2, PREPARING)),)), 5.1)
+    election.handle(NodesSeen(()), 5.2)
+    assert election.handle(EpochSaved(M, 2), 5.3) == [SaveEpoch(M, 3)]
+    election.handle(EpochSaved(M, 3), 5.4)
+    assert shown(election) == (3, READY)
+
+
+@pytest.mark.parametrize("bar", ["pinned", "draining"])
+@pytest.mark.parametrize(("rival", "higher"), [(1, 2), (5, 6)])
+def test_3_who_may_host_no_longer_and_serves_on_takes_a_higher_epoch(
+    bar: str, rival: int, higher: int
+) -> None:
+    """Over one that drains too, or is pinned out too; as long as nobody comes to replace both."""
+    election = serving(node("b", bid()))
+    if bar == "pinned":
+        ask(election, 5.0, version=2, host=NodeId("b"))
+    else:
+        election.handle(DrainAsked(True), 5.0)
+    found = NodesSeen((node("a", claim(rival, PREPARING), draining=True), node("b", bid(0, 2))))
+    assert of(SaveEpoch, election.handle(found, 6.0)) == [SaveEpoch(M, higher)]
+    election.handle(EpochSaved(M, higher), 6.1)
+    assert shown(election) == (higher, READY)
+    assert election.handle(found, 6.2) == []
+
+
+def test_3_who_is_being_replaced_does_not_outbid_who_replaces_it() -> None:
+    election = serving(node("a", bid()))
+    election.handle(DrainAsked(True), 5.0)
+    for epoch, now in ((2, 6.0), (7, 7.0)):
+        coming = NodesSeen((node("a", claim(epoch, PREPARING)),))
+        assert election.handle(coming, now) == []
+
+
+def test_3_of_two_that_may_host_no_longer_one_takes_a_higher_epoch() -> None:
+    for score, drawn in ((0, [SaveEpoch(M, 2)]), (2**50, [])):
+        election = serving(node("b", bid()))
+        ask(election, 5.0, version=2, host=NodeId("b"))
+        both = NodesSeen((node("a", claim(1, score=score)), node("b", bid(version=2))))
+        assert of(SaveEpoch, election.handle(both, 6.0)) == drawn
+        assert shown(election) == (1, READY)
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.booleans(), st.booleans(), st.integers(1, 2))
+def test_3_two_hosts_that_see_each_other_stop_outbidding_each_other(
+    one: int, other: int, bar_one: bool, bar_other: bool, replicas: int
+) -> None:
+    hosts = {"n1": one, "n2": other}
+    elections = {}
+    for name, epoch in hosts.items():
+        election = Election(NodeId(name), name, {M: epoch - 1})
+        election.handle(CapacityMeasured({"CUDA0": 10 * GB}), 0.0)
+        election.handle(NodesSeen(()), 0.0)
+        ask(election, replicas=replicas)
+        election.handle(EpochSaved(M, epoch), 0.0)
+        election.handle(OffersMade((offer(),)), 0.0)
+        report(election, ModelState.READY, 0.0)
+        elections[name] = election
+    elections["n1"].handle(DrainAsked(bar_one), 1.0)
+    elections["n2"].handle(DrainAsked(bar_other), 1.0)
+    draining = {"n1": bar_one, "n2": bar_other}
+    raised = 0
+    for step in range(12):
+        mine, theirs = ("n1", "n2") if step % 2 else ("n2", "n1")
+        said = elections[theirs].hosted.get(M)
+        words = [said.claim] if said is not None and said.claim is not None else []
+        seen = node(theirs, *words, draining=draining[theirs])
+        idle = node("n3", bid())  # for whom those that drain wait
+        for order in of(SaveEpoch, elections[mine].handle(NodesSeen((seen, idle)), 2.0)):
+            raised += 1
+            elections[mine].handle(EpochSaved(M, order.epoch), 2.0)
+    assert raised <= 2
+    shows = [shown(election) for election in elections.values()]
+    if [state for _, state in filter(None, shows)].count(READY) == 2 and replicas == 1:
+        assert shows[0] != shows[1]
+
+
 def test_replicas_lowered_and_raised() -> None:
     election = serving(node("a", claim(2)), replicas=2)
     effects = ask(election, 5.0, version=2, replicas=1)
