@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from aiohttp import web
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
-from meshd.api.admin_cache import CacheControls, add_cache_routes
+from meshd.api.admin_cache import CacheControls, RefBody, add_cache_routes
 from meshd.api.admin_exchange import NoBody, error_answers, json_answer, parse_body
 from meshd.errors import NoMesh
 from meshd.ids import ModelId
@@ -21,6 +21,13 @@ from meshd.view import Role
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 * 1024
+MAX_REPLICAS = 4096
+
+
+def _replicas(value: object) -> object:
+    if value is None or value == "auto" or (type(value) is int and 1 <= value <= MAX_REPLICAS):
+        return value
+    raise ValueError(f'a number from 1 to {MAX_REPLICAS}, or "auto"')
 
 
 class LoadBody(BaseModel):
@@ -28,6 +35,10 @@ class LoadBody(BaseModel):
     ref: str = Field(min_length=1, max_length=4096)
     context: int | None = Field(None, ge=128, le=1 << 24)
     parallel: int | None = Field(None, ge=1, le=1024)
+    replicas: Annotated[int | Literal["auto"] | None, PlainValidator(_replicas)] = None
+    """Nodes that are to host it; `auto`: as many as it is asked for; None: not said."""
+    host: str | None = Field(None, min_length=1, max_length=256)
+    """The only node that may host it: name, id, or the beginning of an id."""
 
 
 class UnloadBody(BaseModel):
@@ -79,7 +90,10 @@ class MeshControls(Protocol):
 
 
 class AdminServer(Service):
-    """HTTP on `<data-dir>/admin.sock`, mode 0600. Errors have the shape of the API's."""
+    """HTTP on `<data-dir>/admin.sock`, mode 0600. Errors have the shape of the API's.
+
+    `load` and `unload` answer with the model's name. `plan`: for a REF, where it would go, and why.
+    """
 
     name = "admin"
 
@@ -87,12 +101,13 @@ class AdminServer(Service):
         self,
         path: Path,
         *,
-        load: Callable[[LoadBody], ModelId],
-        unload: Callable[[UnloadBody], ModelId],
+        load: Callable[[LoadBody], Awaitable[ModelId]],
+        unload: Callable[[UnloadBody], Awaitable[ModelId]],
         status: Callable[[], dict[str, Any]],
         recorder: FlightRecorder,
         mesh: MeshControls | None = None,
         cache: CacheControls | None = None,
+        plan: Callable[[str], Awaitable[dict[str, Any]]] | None = None,
     ) -> None:
         super().__init__()
         self._path = path
@@ -102,6 +117,7 @@ class AdminServer(Service):
         self._recorder = recorder
         self._mesh = mesh
         self._cache = cache
+        self._plan = plan
 
     async def main(self) -> None:
         application = web.Application(middlewares=[error_answers], client_max_size=MAX_BODY_BYTES)
@@ -114,6 +130,8 @@ class AdminServer(Service):
         application.router.add_post("/leave", self._post_leave)
         application.router.add_post("/drain", self._post_drain)
         application.router.add_post("/undrain", self._post_undrain)
+        if self._plan is not None:
+            application.router.add_post("/plan", self._post_plan)
         if self._cache is not None:
             add_cache_routes(application, self._cache)
         runner = web.AppRunner(
@@ -140,10 +158,16 @@ class AdminServer(Service):
         return json_answer({"lines": self._recorder.render().splitlines()})
 
     async def _post_load(self, request: web.Request) -> web.Response:
-        return json_answer({"model": self._load(parse_body(LoadBody, await request.read()))})
+        body = parse_body(LoadBody, await request.read())
+        return json_answer({"model": await self._load(body)})
 
     async def _post_unload(self, request: web.Request) -> web.Response:
-        return json_answer({"model": self._unload(parse_body(UnloadBody, await request.read()))})
+        body = parse_body(UnloadBody, await request.read())
+        return json_answer({"model": await self._unload(body)})
+
+    async def _post_plan(self, request: web.Request) -> web.Response:
+        assert self._plan is not None, "there is no such route without it"
+        return json_answer(await self._plan(parse_body(RefBody, await request.read()).ref))
 
     async def _post_invite(self, request: web.Request) -> web.Response:
         body = parse_body(InviteBody, await request.read())

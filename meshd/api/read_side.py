@@ -15,7 +15,7 @@ from meshd.api import metrics, refusals, status
 from meshd.api.events import EventHub
 from meshd.api.relay import Relay
 from meshd.api.route import find, route
-from meshd.errors import MeshdError, NotFound
+from meshd.errors import InvalidRequest, MeshdError, NotFound
 from meshd.kernel import Board, Clock
 from meshd.view import NodeState, Target, View
 
@@ -44,6 +44,7 @@ class ReadSide:
         clock: Clock,
         mesh: str,
         source: metrics.MetricSource | None,
+        plan: Callable[[str], dict[str, Any]] | None,
     ) -> None:
         self._board = board
         self._relay = relay
@@ -51,6 +52,7 @@ class ReadSide:
         self._clock = clock
         self._mesh = mesh
         self._source = source
+        self._plan = plan
 
     def handlers(self) -> Mapping[str, Handler]:
         """By path, for GET and HEAD."""
@@ -64,6 +66,7 @@ class ReadSide:
             "/mesh/peers": self._peers,
             "/mesh/models": self._mesh_models,
             "/mesh/events": self._mesh_events,
+            "/mesh/plan": self._mesh_plan,
         }
 
     def status(self) -> dict[str, Any]:
@@ -110,6 +113,14 @@ class ReadSide:
 
     async def _mesh_events(self, request: BaseRequest) -> StreamResponse:
         return await self._events.stream(request, {})
+
+    async def _mesh_plan(self, request: BaseRequest) -> Response:
+        if self._plan is None:
+            raise NotFound("this node places no models")
+        ref = request.query.get("model")
+        if not ref:
+            raise InvalidRequest("`/mesh/plan?model=REF` needs a `model`", param="model")
+        return _json(self._plan(ref))
 
     async def _console(self, request: BaseRequest) -> Response:
         page = self._page

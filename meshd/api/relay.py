@@ -22,6 +22,7 @@ from meshd.api.exchange import Exchange
 from meshd.api.pool import ConnectRemote, Pool
 from meshd.api.route import NOTHING, Route, find, route
 from meshd.api.traffic import Traffic
+from meshd.api.usage import Usage
 from meshd.config import ApiSettings
 from meshd.ids import InstanceId, ModelId, NodeId
 from meshd.kernel import Clock, FlightRecorder
@@ -58,10 +59,12 @@ class Relay:
         recorder: FlightRecorder | None,
         spawn: Callable[[Coroutine[Any, Any, None]], object],
         connect_remote: ConnectRemote | None = None,
+        usage: Usage | None = None,
     ) -> None:
         self.settings = settings
         self.clock = clock
         self.rng = rng
+        self.usage = usage
         self.traffic = Traffic()
         self.active: set[Exchange] = set()
         """Every exchange that has begun and not ended, waiting ones included."""

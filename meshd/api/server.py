@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from meshd.api import refusals
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from meshd.api.events import EventHub
     from meshd.api.front import Front
     from meshd.api.metrics import MetricSource
+    from meshd.api.usage import Usage
 
 SWEEP_INTERVAL_S = 1.0
 CLOSE_LIMIT_S = 1.0
@@ -31,7 +32,8 @@ class ApiServer(Service):
     """:9337. `bind` opens the port; `main` serves until `stopping`, then drains.
 
     `metrics`: further samples for `/metrics`. `connect_remote`: how to reach the relay of another
-    node (see `pool.ConnectRemote`); without it only engines here are asked. The requests in flight
+    node (see `pool.ConnectRemote`); without it only engines here are asked. `usage`: is told of
+    requests. `plan`: what `/mesh/plan` says of a REF, raising MeshdError. The requests in flight
     when a stop begins have `config.drain_s`; `hurry` ends the wait.
     """
 
@@ -47,6 +49,8 @@ class ApiServer(Service):
         recorder: FlightRecorder | None = None,
         metrics: MetricSource | None = None,
         connect_remote: ConnectRemote | None = None,
+        usage: Usage | None = None,
+        plan: Callable[[str], dict[str, Any]] | None = None,
         sweep_interval_s: float = SWEEP_INTERVAL_S,
     ) -> None:
         super().__init__()
@@ -56,6 +60,7 @@ class ApiServer(Service):
         self._clock = clock
         self._rng = rng
         self._metrics = metrics
+        self._plan = plan
         self._sweep_interval_s = sweep_interval_s
         self._sockets: list[socket.socket] = []
         self._hurry = asyncio.Event()
@@ -67,6 +72,7 @@ class ApiServer(Service):
             recorder=recorder,
             spawn=lambda work: self.spawn(work, name="connect"),
             connect_remote=connect_remote,
+            usage=usage,
         )
 
     # -- for the node -----------------------------------------------------------------------------
@@ -156,7 +162,13 @@ class ApiServer(Service):
             self.bind()
         events = EventHub(self._board.current, self._clock.wall)
         read_side = ReadSide(
-            self._board, self._relay, events, self._clock, self._config.mesh, self._metrics
+            self._board,
+            self._relay,
+            events,
+            self._clock,
+            self._config.mesh,
+            self._metrics,
+            self._plan,
         )
         dispatch = Dispatch(read_side)
         front = Front(self._config.api, self._relay, Access(self._config), self._rng, dispatch)

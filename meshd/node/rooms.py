@@ -233,10 +233,10 @@ class Rooms:
         assert models is not None, "the admin side comes after the models"
         assert cache is not None, "and those after the cache"
 
-        def load(body: LoadBody) -> ModelId:
+        async def load(body: LoadBody) -> ModelId:
             return models.load(body.ref, LoadOptions(body.context, body.parallel))
 
-        def unload(body: UnloadBody) -> ModelId:
+        async def unload(body: UnloadBody) -> ModelId:
             return models.unload(body.model, body.drain_s)
 
         return AdminServer(

@@ -27,7 +27,7 @@ async def start_api(tmp_path: Path) -> AsyncIterator[Starter]:
             for key in ("api_key", "drain_s", "listen", "name")
             if key in settings
         }
-        connect_remote = settings.pop("connect_remote", None)
+        wiring = {key: settings.pop(key, None) for key in ("connect_remote", "usage", "plan")}
         config = Config(
             **{"name": "node1", "listen": "127.0.0.1:0", **top},
             data_dir=tmp_path,
@@ -36,7 +36,7 @@ async def start_api(tmp_path: Path) -> AsyncIterator[Starter]:
         )
         engine = Engine(tmp_path / f"e{len(running)}.sock")
         await engine.start()
-        api = Api(config, engine, connect_remote)
+        api = Api(config, engine, **wiring)
         await api.start()
         api.ready()
         running.append(api)

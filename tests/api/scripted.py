@@ -15,6 +15,7 @@ import orjson
 
 from meshd.api import ApiServer
 from meshd.api.pool import ConnectRemote
+from meshd.api.usage import Usage
 from meshd.config import Config
 from meshd.ids import InstanceId, ModelId, NodeId
 from meshd.kernel import Board, MonotonicClock
@@ -279,6 +280,8 @@ class Api:
         config: Config,
         engine: Engine,
         connect_remote: ConnectRemote | None = None,
+        usage: Usage | None = None,
+        plan: Callable[[str], dict[str, Any]] | None = None,
     ) -> None:
         node_id = NodeId(config.name[-1] * 52)
         node = NodeView(
@@ -294,6 +297,8 @@ class Api:
             clock=self.clock,
             rng=random.Random(1),
             connect_remote=connect_remote,
+            usage=usage,
+            plan=plan,
             sweep_interval_s=0.02,
         )
         self.port = 0

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from meshd.api.admin import AdminServer, InviteBody
-from meshd.errors import NotFound
+from meshd.api.admin import AdminServer, InviteBody, LoadBody, UnloadBody
+from meshd.errors import ModelNotFound, NotFound
+from meshd.ids import ModelId
 from meshd.kernel import FlightRecorder
 from meshd.view import Role
 
@@ -48,14 +49,31 @@ class Admin:
 
     def __init__(self, path: Path, controls: Controls | None) -> None:
         self._path = path
+        self.orders: list[LoadBody | UnloadBody | str] = []
+        """To load, to unload, to plan."""
         self.server = AdminServer(
             path,
-            load=lambda _: pytest.fail("not asked for"),
-            unload=lambda _: pytest.fail("not asked for"),
+            load=self._load,
+            unload=self._unload,
             status=dict,
             recorder=FlightRecorder(),
             mesh=controls,
+            plan=self._plan,
         )
+
+    async def _load(self, body: LoadBody) -> ModelId:
+        self.orders.append(body)
+        return ModelId("named")
+
+    async def _unload(self, body: UnloadBody) -> ModelId:
+        self.orders.append(body)
+        return ModelId(body.model)
+
+    async def _plan(self, ref: str) -> dict[str, Any]:
+        self.orders.append(ref)
+        if ref == "nothing":
+            raise ModelNotFound("`nothing` is not known")
+        return {"model": ref, "nodes": []}
 
     async def exchange(self, path: str, body: bytes | None) -> tuple[int, Any]:
         """Status and JSON of the answer to a POST, with no Content-Length if there is no body."""
@@ -110,6 +128,27 @@ async def test_orders_reach_the_mesh(admin: Admin, controls: Controls) -> None:
     assert InviteBody() == InviteBody(ttl_s=86_400, uses=1, role=Role.MEMBER, issuer=False)
 
 
+async def test_orders_for_models(admin: Admin) -> None:
+    assert await admin.post("/load", {"ref": "r"}) == {"model": "named"}
+    more = {"ref": "r", "context": 4096, "parallel": 2, "replicas": 4096, "host": "attic"}
+    assert await admin.post("/load", more) == {"model": "named"}
+    assert await admin.post("/load", {"ref": "r", "replicas": "auto"}) == {"model": "named"}
+    assert await admin.post("/unload", {"model": "m"}) == {"model": "m"}
+    assert await admin.post("/plan", {"ref": "r"}) == {"model": "r", "nodes": []}
+    assert admin.orders == [
+        LoadBody(ref="r", context=None, parallel=None, replicas=None, host=None),
+        LoadBody(ref="r", context=4096, parallel=2, replicas=4096, host="attic"),
+        LoadBody(ref="r", context=None, parallel=None, replicas="auto", host=None),
+        UnloadBody(model="m", drain_s=None),
+        "r",
+    ]
+
+
+async def test_a_plan_that_cannot_be_keeps_its_words(admin: Admin) -> None:
+    refusal = await admin.refused("/plan", {"ref": "nothing"})
+    assert refusal == (404, "model_not_found", "`nothing` is not known")
+
+
 @pytest.mark.parametrize(
     ("path", "body", "field"),
     [
@@ -127,6 +166,13 @@ async def test_orders_reach_the_mesh(admin: Admin, controls: Controls) -> None:
         ("/leave", {"really": True}, "really"),
         ("/drain", {"for_s": 5}, "for_s"),
         ("/undrain", {"now": 1}, "now"),
+        *(
+            ("/load", {"ref": "r", "replicas": count}, "replicas: ")
+            for count in (0, 4097, "2", "many", 1.5, True)
+        ),
+        ("/load", {"ref": "r", "host": ""}, "host"),
+        ("/plan", {"ref": ""}, "ref"),
+        ("/plan", {"ref": "r", "now": 1}, "now"),
     ],
 )
 async def test_bad_bodies_are_named_and_reach_nobody(
@@ -135,7 +181,7 @@ async def test_bad_bodies_are_named_and_reach_nobody(
     status, code, message = await admin.refused(path, body)
     assert (status, code) == (400, "invalid_request")
     assert field in message
-    assert controls.asked == []
+    assert controls.asked == admin.orders == []
 
 
 async def test_an_order_without_a_body_is_one(admin: Admin) -> None:

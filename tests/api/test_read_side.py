@@ -3,14 +3,16 @@ from __future__ import annotations
 import socket
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
 
 from meshd.api.events import QUEUE_LIMIT, EventHub, changes
 from meshd.api.listener import find_holder, open_listeners
-from meshd.errors import AddressInUse, BadConfig
+from meshd.errors import AddressInUse, BadConfig, ModelNotFound
 from meshd.view import ModelState, NodeState, View
+from tests.api.conftest import Starter
 from tests.api.scripted import CHAT, Answer, Api, model_view, request
 
 
@@ -62,6 +64,27 @@ async def test_status_has_the_documented_shape(api: Api) -> None:
     }
     assert api.server.status()["models"] == status["models"]
     assert (await get(api, "/mesh/peers")).json() == []
+
+
+async def test_a_plan_is_asked_for_by_reference(start_api: Starter) -> None:
+    def plan(ref: str) -> dict[str, Any]:
+        if ref == "owner/repo:Q4":
+            return {"model": ref, "nodes": [{"node": "node1", "suits": "yes"}]}
+        raise ModelNotFound(f"`{ref}` is not known")
+
+    api = await start_api(plan=plan)
+    answer = await get(api, "/mesh/plan?model=owner/repo%3AQ4")
+    assert answer.json() == plan("owner/repo:Q4")
+    missing = await get(api, "/mesh/plan?model=x")
+    assert (missing.status, missing.code) == (404, "model_not_found")
+    for query in ("", "?model=", "?ref=x"):
+        bad = await get(api, f"/mesh/plan{query}")
+        assert (bad.status, bad.json()["error"]["param"]) == (400, "model")
+
+
+async def test_without_a_source_there_are_no_plans(api: Api) -> None:
+    answer = await get(api, "/mesh/plan?model=m")
+    assert (answer.status, answer.code) == (404, "not_found")
 
 
 async def test_health(api: Api) -> None:
