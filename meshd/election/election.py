@@ -38,6 +38,7 @@ Rules, numbered as in the code:
 12. What begins and ends says why, with figures.
 13. Other options than its engine was started with (reference, context, slots): the host stops it,
     keeps its claim, and starts it anew once the old one is gone and the new memory is leased.
+14. Who lets its turn to claim pass (turns.py) is passed over for a while.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ from meshd.election.holdings import Holdings
 from meshd.election.hosted import Hosted, Phase, same_engine
 from meshd.election.ledger import Ledger
 from meshd.election.outlook import Outlook
-from meshd.election.ranking import all_have_bid, comes_next, may_not_host, rank, ranked
+from meshd.election.ranking import Ranked, all_have_bid, may_not_host, ranked
+from meshd.election.turns import Turns
 from meshd.election.words import (
     CapacityMeasured,
     DemandMoved,
@@ -77,7 +79,6 @@ from meshd.election.words import (
     Offer,
     OffersMade,
     PublishClaims,
-    PutToSleep,
     SaveEpoch,
 )
 from meshd.ids import ModelId, NodeId
@@ -98,11 +99,10 @@ class Election:
     ) -> None:
         self._outlook = Outlook(own, name, epochs, floor)
         self._held = Holdings(name)
+        self._turns = Turns()
         self._offers: Mapping[ModelId, Offer] = {}
-        self._sent_to_sleep: dict[ModelId, int] = {}
-        """Version of the victim's record (10)."""
         self._waits: list[float] = []
-        """When bids need no longer be waited for, as of the last event."""
+        """When bids or claims of others need no longer be waited for, as of the last event."""
         self._published: tuple[Claim, ...] = ()
 
     @property
@@ -181,8 +181,7 @@ class Election:
         if self._outlook.heard_epoch(event.model) >= hosted.epoch:
             self._held.put(replace(hosted, epoch=self._save_next_epoch(event.model)))
             return
-        self._held.put(replace(hosted, phase=Phase.PREPARING, reason=hosted.why))
-        self._held.start(self._held.hosted[event.model])
+        self._held.start(replace(hosted, phase=Phase.PREPARING, reason=hosted.why))
         self._held.orders.append(HostChanged(event.model, hosted.why, hosted.cause))  # 12
 
     # -- decisions --------------------------------------------------------------------------------
@@ -261,37 +260,45 @@ class Election:
         elif serving >= wanted:
             names = ", ".join(c.node.name for c in found if c.node.node != own)
             self._held.give_up(hosted, f"{barred}; {names} serves it", "moved")
-        elif self._outlook.draining and serving == len(found):
-            nobody = not rank(deployment, self._outlook.others.values())
-            if nobody and not self._bids_missing(deployment, now):
-                self._held.give_up(hosted, f"{barred}; no other node can host it", "moved")
+        elif serving < len(found):
+            self._turns.over(deployment.model)
+        elif (
+            self._outlook.draining
+            and not self._bids_missing(deployment, now)
+            and not self._awaits_claim(deployment, None, wanted - serving, now)
+        ):
+            self._held.give_up(hosted, f"{barred}; no other node can host it", "moved")
 
     def _consider(self, deployment: Deployment, now: float) -> None:
         """Whether it is this node's turn to claim what it does not host."""
         model, outlook = deployment.model, self._outlook
         if deployment.removed:
             self._held.failures.pop(model, None)
+            self._turns.forget(model)
             return
         claimants = outlook.claimants(model, None)
         found = contenders(deployment, claimants)
         wanted = wanted_replicas(deployment, outlook.demand)
         outlook.note_hosts(model, found[:wanted], wanted)
         offer = self._offers.get(model)
-        if len(found) >= wanted or offer is None or not outlook.heard:
-            return  # 1, 2
-        own = ranked(outlook.myself(model, bid=offer.bid), deployment)
-        if own is None or not self._held.offers_hold:  # 11
+        own = None
+        if len(found) < wanted and offer is not None and outlook.heard:  # 1, 2
+            own = ranked(outlook.myself(model, bid=offer.bid), deployment)
+        if own is None or offer is None:
+            self._turns.over(model)
             return
-        if self._bids_missing(deployment, now):  # 5
+        if not self._held.offers_hold or self._bids_missing(deployment, now):  # 11, 5
             return
-        if not comes_next(deployment, own, outlook.others.values(), wanted - len(found)):  # 4, 10
+        if self._awaits_claim(deployment, own, wanted - len(found), now):  # 4, 10
             return
         if offer.bid.suits is Suits.SWAP:
-            self._make_room(offer)
+            self._held.make_room(offer, outlook.deployments)
             return
         cause, lead = outlook.cause_of_claim(
             deployment, found, wanted, self._held.failures.get(model, 0)
         )
+        if silent := self._turns.passed(model, outlook.others):
+            lead = f"{lead}; {', '.join(silent)} let its turn pass"  # 14
         why = why_claim(deployment, own, outlook.others.values(), lead)
         claiming = Hosted(deployment, 0, own.score, Phase.CLAIMING, why, cause, wanted)
         epoch = outlook.epoch(model)
@@ -311,14 +318,15 @@ class Election:
         self._waits.append(until)
         return True
 
-    def _make_room(self, offer: Offer) -> None:
-        for victim in offer.victims:  # 10
-            record = self._outlook.deployments.get(victim)
-            if record is None or record.asleep or record.removed:
-                continue
-            if self._sent_to_sleep.get(victim) != record.version:
-                self._sent_to_sleep[victim] = record.version
-                self._held.orders.append(PutToSleep(victim, offer.bid.model))
+    def _awaits_claim(
+        self, deployment: Deployment, own: Ranked | None, places: int, now: float
+    ) -> bool:
+        """Whether others come before `own`, or may host at all if that is None, who are believed to
+        claim; asks to be woken when one no longer is (14)."""
+        until = self._turns.awaited(deployment, own, self._outlook.others, places, now)
+        if until is not None:
+            self._waits.append(until)
+        return until is not None
 
     # -- the engine -------------------------------------------------------------------------------
 

@@ -6,13 +6,22 @@ ends, this is how. Nothing here looks at other nodes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from meshd.election.hosted import PROVED_S, Hosted, Phase, backoff_s
 from meshd.election.ledger import Ledger
-from meshd.election.words import Effect, HostChanged, HostReported, StartHost, StopHost
+from meshd.election.words import (
+    Effect,
+    HostChanged,
+    HostReported,
+    Offer,
+    PutToSleep,
+    StartHost,
+    StopHost,
+)
 from meshd.ids import ModelId
-from meshd.view import ModelState
+from meshd.view import Deployment, ModelState
 
 _WORKING = frozenset(
     {ModelState.FETCHING, ModelState.VERIFYING, ModelState.WAITING, ModelState.LOADING}
@@ -28,6 +37,8 @@ class Holdings:
         self.ledger = Ledger()
         self.failures: dict[ModelId, int] = {}
         """In a row."""
+        self._sent_to_sleep: dict[ModelId, int] = {}
+        """Version of the victim's record (10)."""
         self.orders: list[Effect] = []
         """Of the event that is being handled."""
         self.leases_moved = False
@@ -109,6 +120,16 @@ class Holdings:
             self.drop(hosted)
         why = f"{self._name} gives it up: {reason}"
         self.orders.append(HostChanged(hosted.model, why, cause))  # 12
+
+    def make_room(self, offer: Offer, deployments: Mapping[ModelId, Deployment]) -> None:
+        """Ask that its victims be put to sleep."""
+        for victim in offer.victims:  # 10
+            record = deployments.get(victim)
+            if record is None or record.asleep or record.removed:
+                continue
+            if self._sent_to_sleep.get(victim) != record.version:
+                self._sent_to_sleep[victim] = record.version
+                self.orders.append(PutToSleep(victim, offer.bid.model))
 
     # -- books ------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from meshd.election.election import BID_WAIT_S, Election
 from meshd.election.hosted import BACKOFF_S, PROVED_S, Phase
 from meshd.election.outlook import MAX_EPOCHS
+from meshd.election.turns import LAST_S, TURN_S
 from meshd.election.words import (
     CapacityMeasured,
     DemandMoved,
@@ -493,6 +494,51 @@ def test_a_draining_node_that_prepares_stops_at_once() -> None:
     ask(election)
     election.handle(EpochSaved(M, 1), 0.1)
     assert of(StopHost, election.handle(DrainAsked(True), 0.2))
+
+
+def test_14_who_bids_and_never_claims_is_passed_over() -> None:
+    election = asking(node("a", bid(9)))
+    assert ask(election) == []
+    wakes = []
+    effects: list[Effect] = []
+    while not effects:
+        due = election.due()
+        assert due is not None
+        wakes.append(due)
+        effects = election.handle(Tick(), due)
+    assert of(SaveEpoch, effects) == [SaveEpoch(M, 1)]
+    assert wakes == [LAST_S, LAST_S + TURN_S]
+    why = of(HostChanged, election.handle(EpochSaved(M, 1), wakes[-1]))[0].why
+    assert why.startswith("nobody hosts it; a let its turn pass; own: ")
+
+
+def test_14_a_claim_within_its_time_is_not_cut_short() -> None:
+    election = asking(node("a", bid(9)))
+    ask(election)
+    election.handle(Tick(), LAST_S)
+    election.handle(NodesSeen((node("a", bid(9), claim(1, PREPARING)),)), LAST_S + TURN_S - 0.1)
+    assert election.due() is None
+    assert election.handle(Tick(), LAST_S + TURN_S) == []
+    election.handle(NodesSeen((node("a", bid(9)),)), 100.0)
+    assert election.due() == 100.0 + LAST_S
+
+
+def test_14_a_back_off_is_not_a_turn_that_passes() -> None:
+    election = asking(node("a", bid(9), claim(1, FAILED)), node("b", bid(8)))
+    ask(election)
+    election.handle(NodesSeen((node("a", bid(9), claim(1, FAILED)), node("b", bid(8)))), 5.0)
+    election.handle(NodesSeen((node("a", bid(9)), node("b", bid(8)))), 12.0)
+    due = election.due()
+    assert due is not None
+    assert due > 12.0
+
+
+def test_14_a_draining_host_does_not_wait_for_who_never_claims() -> None:
+    election = serving(node("a", bid()))
+    assert election.handle(DrainAsked(True), 5.0) == []
+    assert election.handle(Tick(), 5.0 + LAST_S) == []
+    effects = election.handle(Tick(), 5.0 + LAST_S + TURN_S)
+    assert "no other node can host it" in of(HostChanged, effects)[0].why
 
 
 # -- failing --------------------------------------------------------------------------------------
