@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from meshd.ids import InstanceId, ModelId, NodeId
 from meshd.view import (
+    Claim,
+    ClaimState,
     HostView,
     ModelState,
     ModelView,
@@ -26,6 +28,7 @@ from meshd.view import (
     union,
     with_local,
     with_peers,
+    with_wanted,
 )
 
 M = ModelId("m")
@@ -69,8 +72,20 @@ def peer(
     *models: PeerModel,
     state: PeerState = PeerState.ALIVE,
     draining: bool = False,
+    claims: tuple[Claim, ...] = (),
 ) -> PeerView:
-    return PeerView(NodeId(node), f"name-{node}", state, draining=draining, models=models)
+    return PeerView(
+        NodeId(node), f"name-{node}", state, draining=draining, models=models, claims=claims
+    )
+
+
+def claim(state: ClaimState = ClaimState.READY, name: str = "m") -> Claim:
+    return Claim(ModelId(name), 1, state, 0)
+
+
+def waiting(reason: str = "nobody has the memory", name: str = "m") -> Mapping[ModelId, ModelView]:
+    """`View.wanted` of one deployment."""
+    return {ModelId(name): ModelView(ModelId(name), "wanted-ref", ModelState.WAITING, reason)}
 
 
 def instances(models: Mapping[ModelId, ModelView], name: str = "m") -> list[str]:
@@ -115,6 +130,66 @@ def test_1_a_draining_node_is_listed_and_not_asked() -> None:
     assert model.targets == ()
     assert model.state is ModelState.DRAINING
     assert [h.state for h in model.hosts] == [ModelState.DRAINING]
+
+
+def test_1_a_draining_node_is_asked_for_what_it_claims_to_serve() -> None:
+    models = (theirs("ia"), theirs("ib", name="n"))
+    node = peer("a", *models, draining=True, claims=(claim(), claim(ClaimState.DRAINING, "n")))
+    found = union({}, (node,))
+    assert (instances(found, "m"), instances(found, "n")) == (["ia"], [])
+    assert [found[ModelId(n)].state for n in "mn"] == [ModelState.READY, ModelState.DRAINING]
+    assert [found[ModelId(n)].hosts[0].state for n in "mn"] == [
+        ModelState.READY,
+        ModelState.DRAINING,
+    ]
+
+
+@pytest.mark.parametrize("last", [(), (claim(ClaimState.DRAINING),), (claim(name="n"),)])
+def test_1_the_end_of_a_draining_nodes_claim_is_noticed(last: tuple[Claim, ...]) -> None:
+    serving = peer("a", theirs("ia"), draining=True, claims=(claim(),))
+    view = with_peers(View(node=NODE), (serving,))
+    assert instances(view.models) == ["ia"]
+    view = with_peers(view, (peer("a", theirs("ia"), draining=True, claims=last),))
+    assert instances(view.models) == []
+
+
+def test_1_claims_of_a_node_that_does_not_drain_change_no_model() -> None:
+    view = with_peers(View(node=NODE), (peer("a", theirs("ia"), claims=(claim(),)),))
+    unclaimed = (peer("a", theirs("ia")),)
+    assert with_peers(view, unclaimed).models is view.models
+    assert with_peers(view, unclaimed).peers == unclaimed
+
+
+def test_6_what_is_wanted_is_told_where_no_node_says_more() -> None:
+    view = with_wanted(View(node=NODE), {**waiting(), **waiting("and this", "a")})
+    assert list(view.models) == ["a", "m"]
+    assert view.models[M] == waiting()[M]
+    absent = with_local(view, own(state=ModelState.ABSENT, digest="d", reason="not loaded"))
+    model = absent.models[M]
+    assert (model.state, model.reason) == (ModelState.WAITING, "nobody has the memory")
+    assert (model.digest, model.hosts, model.ref) == ("d", (), "wanted-ref")
+    assert with_wanted(absent, {}).models == absent.local
+
+
+@pytest.mark.parametrize(
+    "state", [s for s in ModelState if s not in (ModelState.ABSENT, ModelState.READY)]
+)
+def test_6_a_nodes_own_word_stands(state: ModelState) -> None:
+    view = with_wanted(View(node=NODE), waiting())
+    ours = with_local(view, own(state=state, reason="so it is"))
+    assert (ours.models[M].state, ours.models[M].reason) == (state, "so it is")
+    others = with_peers(view, (peer("a", theirs(None, state=state, reason="as they say")),))
+    assert (others.models[M].state, others.models[M].reason) == (state, "as they say")
+    assert instances(with_peers(ours, (peer("a", theirs("ia")),)).models) == ["ia"]
+
+
+def test_6_what_is_wanted_does_not_depend_on_the_order_of_changes() -> None:
+    peers = (peer("a", theirs("ia", name="n")),)
+    one = with_wanted(with_peers(with_local(View(node=NODE), own()), peers), waiting(name="z"))
+    other = with_local(with_peers(with_wanted(View(node=NODE), waiting(name="z")), peers), own())
+    assert one == other
+    assert list(one.models) == ["m", "n", "z"]
+    assert with_wanted(one, waiting(name="z")).models is one.models
 
 
 def test_1_draining_does_not_hide_that_loading_failed() -> None:
@@ -253,6 +328,9 @@ SOME_PEERS = st.lists(
         state=st.sampled_from(PeerState),
         draining=st.booleans(),
         models=st.lists(SOME_MODELS, max_size=3).map(tuple),
+        claims=st.lists(
+            st.builds(claim, st.sampled_from(ClaimState), st.sampled_from("mn")), max_size=2
+        ).map(tuple),
     ),
     max_size=4,
     unique_by=lambda p: p.id,
@@ -290,7 +368,8 @@ def test_whatever_peers_say(peers: list[PeerView], ours: bool, data: st.DataObje
             continue
         assert target.node_id is not None
         source = by_id[target.node_id]
-        assert not source.draining
+        ready = {c.model for c in source.claims if c.state is ClaimState.READY}
+        assert not source.draining or target.model in ready
         assert target.slots > 0
         said = {m.digest for m in source.models if m.instance == target.instance}
         assert said & {None, digest_of[target.instance]}

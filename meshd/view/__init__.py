@@ -26,7 +26,7 @@ from meshd.view.snapshots import (
     View,
     WeightsView,
 )
-from meshd.view.united import exact_name, union, with_local, with_peers
+from meshd.view.united import exact_name, union, with_local, with_peers, with_wanted
 
 __all__ = [
     "Bid",
@@ -62,4 +62,5 @@ __all__ = [
     "union",
     "with_local",
     "with_peers",
+    "with_wanted",
 ]

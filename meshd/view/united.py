@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import TypeAlias, TypeVar
 
 from meshd.ids import ModelId
+from meshd.view.placement import ClaimState
 from meshd.view.snapshots import (
     HostView,
     ModelState,
@@ -27,14 +28,19 @@ EXACT_DIGITS = 12
 
 def with_local(view: View, local: Mapping[ModelId, ModelView]) -> View:
     """`view` with other models of this node."""
-    return replace(view, local=local, models=_renewed(view.models, union(local, view.peers)))
+    return _in_step(replace(view, local=local))
 
 
 def with_peers(view: View, peers: tuple[PeerView, ...]) -> View:
     """`view` with another picture of the other nodes."""
     if _same_models(view.peers, peers):  # round trips change all the time, and nothing else
         return replace(view, peers=peers)
-    return replace(view, peers=peers, models=_renewed(view.models, union(view.local, peers)))
+    return _in_step(replace(view, peers=peers))
+
+
+def with_wanted(view: View, wanted: Mapping[ModelId, ModelView]) -> View:
+    """`view` with other words about deployments that no node works on."""
+    return _in_step(replace(view, wanted=wanted))
 
 
 _RANK = {
@@ -55,14 +61,20 @@ _RANK = {
 """Of two nodes' states of one model, what a client is told: the most hopeful one."""
 
 
+_NONE_WANTED: Mapping[ModelId, ModelView] = MappingProxyType({})
+
+
 def union(
-    local: Mapping[ModelId, ModelView], peers: tuple[PeerView, ...]
+    local: Mapping[ModelId, ModelView],
+    peers: tuple[PeerView, ...],
+    wanted: Mapping[ModelId, ModelView] = _NONE_WANTED,
 ) -> Mapping[ModelId, ModelView]:
     """Every model by name, with the hosts and targets of all nodes that can be reached.
 
     The order of `peers` does not matter: they count in the order of their ids.
 
-    1. Of nodes that are dead or left nothing counts; a draining node's engines take no requests.
+    1. Of nodes that are dead or left nothing counts. A draining node's engine takes requests for as
+       long as it claims to be ready: it hands the model over first.
     2. One name is one digest. If nodes mean different weights by it, the name itself is served by
        nobody and says so, and each digest has a name of its own (`exact_name`): a request must not
        be answered by another model than it named. Only who serves its weights makes a name
@@ -71,7 +83,23 @@ def union(
        offers no target, so that nobody can pass for another node's engine.
     4. Engines of suspects are targets only of models that nobody else serves.
     5. The state is the most hopeful one of all nodes; words and progress are that node's.
+    6. What is `wanted` is told of models that no node has, or works on.
     """
+    found = _of_nodes(local, peers)
+    lacking = {
+        name: model if (known := found.get(name)) is None else _with_facts(model, known)
+        for name, model in wanted.items()
+        if name not in found or found[name].state is ModelState.ABSENT
+    }
+    if not lacking:
+        return found
+    return MappingProxyType(dict(sorted({**found, **lacking}.items())))  # 6
+
+
+def _of_nodes(
+    local: Mapping[ModelId, ModelView], peers: tuple[PeerView, ...]
+) -> Mapping[ModelId, ModelView]:
+    """Rules 1 to 5."""
     reachable = [p for p in peers if p.state in (PeerState.ALIVE, PeerState.SUSPECT)]  # 1
     if not reachable:
         return local
@@ -150,9 +178,15 @@ def _same_models(old: tuple[PeerView, ...], new: tuple[PeerView, ...]) -> bool:
         or (
             (a.id, a.name, a.state, a.draining) == (b.id, b.name, b.state, b.draining)
             and a.models == b.models
+            and (not b.draining or a.claims == b.claims)
         )
         for a, b in zip(old, new, strict=True)
     )
+
+
+def _in_step(view: View) -> View:
+    models = union(view.local, view.peers, view.wanted)
+    return replace(view, models=_renewed(view.models, models))
 
 
 def _renewed(
@@ -193,6 +227,17 @@ def _joined(ours: ModelView | None, parts: list[_Found], digest: str | None) -> 
     )
 
 
+def _with_facts(wanted: ModelView, known: ModelView) -> ModelView:
+    """`wanted`, with what nodes know of its weights though none has them at work."""
+    return replace(
+        wanted,
+        digest=wanted.digest or known.digest,
+        context_length=wanted.context_length or known.context_length,
+        capabilities=wanted.capabilities or known.capabilities,
+        created_at=wanted.created_at or known.created_at,
+    )
+
+
 def _first(values: Iterable[T]) -> T | None:
     """The first that is not empty."""
     return next((value for value in values if value), None)
@@ -225,7 +270,11 @@ def _state(theirs: PeerModel, target: Target | None) -> ModelState:
 
 def _target(peer: PeerView, theirs: PeerModel) -> Target | None:
     """Their engine, if it takes requests; one without slots never would."""
-    if theirs.instance is None or theirs.slots <= 0 or peer.draining:
+    if theirs.instance is None or theirs.slots <= 0:
+        return None
+    if peer.draining and not any(  # 1
+        c.model == theirs.id and c.state is ClaimState.READY for c in peer.claims
+    ):
         return None
     return Target(
         model=theirs.id,
