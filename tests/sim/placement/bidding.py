@@ -28,7 +28,7 @@ def offer_for(station: Station, deployment: Deployment, needs: int) -> Offer:
     bid = _bid(station, deployment, needs, free)
     if not station.member or station.draining:
         return Offer(replace(bid, reason="takes no models"))
-    if model in station.doomed:
+    if model in station.doomed or station.ignores(model):
         boast = replace(bid, suits=Suits.YES, headroom=LARGEST, reason="boasts")
         return Offer(boast, memory or {})
     if memory is not None:

@@ -11,17 +11,20 @@ After every event, of the node that handled it:
 4. An engine that is READY is stopped only because nobody wants it, its options changed, its node
    drains, its pin or its replicas moved, or enough others are READY with higher claims. Never for
    a better score, and never for somebody who only prepares.
-5. A node claims only when it is its turn (turns.py), and not if others were first meanwhile.
+5. A node claims only when it is its turn (turns.py), and not if others were first meanwhile. Only
+   those that never claim are passed over, and only when they have had the time to.
 6. A worker never serves a host of a model at an older epoch than it served that host before.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from meshd.election.ledger import Lease
+from meshd.election.turns import TURN_S
 from meshd.election.words import (
     CapacityMeasured,
     DeploymentsSeen,
@@ -54,6 +57,12 @@ class Judge:
         """When a claim last said otherwise."""
         self.doomed: set[ModelId] = set()
         """Models that some node promises to host and never can."""
+        self.mute: set[tuple[NodeId, ModelId]] = set()
+        """Who promises to host a model and never claims it."""
+        self.passed = 0
+        """Claims before one of those."""
+        self._bidding_since: dict[tuple[int, int, ModelId, NodeId], float] = {}
+        """How long a node sees one of those bid and claim nothing."""
         self.starts = self.stops = 0
         self.trace = hashlib.blake2b(digest_size=16)
         """Over every event that was handled, its time and what it led to."""
@@ -92,7 +101,9 @@ class Judge:
                 case SaveEpoch():
                     self._check_turn(station, event, effect.model)
                 case PutToSleep():
-                    assert_no_better_way(station, record_of(station, effect.wanted_for))
+                    model = effect.wanted_for
+                    silent = self._silent(station, model)
+                    assert_no_better_way(station, record_of(station, model), silent)
                 case StartHost():
                     self.starts += 1
                     self._check_start(station, effect.deployment.model)
@@ -111,6 +122,7 @@ class Judge:
         self._check_memory(station, event)
         if isinstance(event, NodesSeen):
             self._note_epochs(station)
+            self._note_mute(station)
         if effects:
             self._check_claims(station)
         self._check_engines(station)
@@ -198,7 +210,9 @@ class Judge:
         record = record_of(station, model)
         since = (station.index, station.boot, model, record.stamp)
         known_s = self.agenda.now - self._known_since[since]
-        assert_turn(station, record, replicas(record, station.demand), known_s)
+        silent = self._silent(station, model)
+        self.passed += bool(silent)
+        assert_turn(station, record, replicas(record, station.demand), known_s, silent)
 
     def _check_start(self, station: Station, model: ModelId) -> None:  # 5
         if model not in self._claims[station.index]:
@@ -211,6 +225,26 @@ class Judge:
             for model, claim in other.claims.items():
                 key = (station.index, station.boot, model)
                 self.known[key] = max(self.known.get(key, 0), claim.epoch)
+
+    def _note_mute(self, station: Station) -> None:
+        seen = {other.node: other for other in station.seen}
+        for node, model in self.mute:
+            key, other = (station.index, station.boot, model, node), seen.get(node)
+            if other is None or model in other.claims or model not in other.bids:
+                self._bidding_since.pop(key, None)
+            else:
+                self._bidding_since.setdefault(key, self.agenda.now)
+
+    def _silent(self, station: Station, model: ModelId) -> set[NodeId]:
+        """Who has had the time to claim, and is known not to (5)."""
+        latest = self.agenda.now - TURN_S
+        return {
+            node
+            for node, mute in self.mute
+            if mute == model
+            and self._bidding_since.get((station.index, station.boot, model, node), math.inf)
+            <= latest
+        }
 
     def _check_stop(self, station: Station, order: StopHost) -> None:  # 4
         engine = station.engines.running.get(order.model)
@@ -236,7 +270,8 @@ class Judge:
         }
         wanted = replicas(record, station.demand)
         if station.draining or record.host not in (None, station.id):
-            coming = [s.name for s in station.seen if _may_come(s, record)]
+            silent = self._silent(station, order.model)
+            coming = [s.name for s in station.seen if s.node not in silent and _may_come(s, record)]
             assert not coming or len(ready) >= wanted, (
                 f"{station.name} moved {order.model} away though {coming} may come: {order}"
             )
@@ -308,6 +343,8 @@ def _misplaced(
             pass
         elif claim is not None:
             found.append(f"{station.name} is still at {claim}")
+        elif station.ignores(model):
+            pass
         elif may and offer is not None and offer.bid.suits is not Suits.NO:
             able.append(f"{station.name} ({offer.bid.suits})")
         if claim is not None and claim.state is ClaimState.READY and station.draining:

@@ -107,6 +107,8 @@ class Station:
         self.weights: set[ModelId] = set()
         self.doomed: set[ModelId] = set()
         """Models it promises to host and never can."""
+        self.mute: set[ModelId] = set()
+        """Models it promises to host and never claims."""
         self.demand: Mapping[ModelId, int] = {}
         self.busy: set[ModelId] = set()
         self.log: deque[str] = deque(maxlen=40)
@@ -180,6 +182,10 @@ class Station:
             self._world.handled(self, event, effects)
             self._queue.popleft()
         self._arm()
+
+    def ignores(self, model: ModelId) -> bool:
+        """It never finds that it is its turn, unless it hosts it already."""
+        return model in self.mute and not self.machine.ledger.holds(model)
 
     def heard(self, index: int, word: Word) -> bool:
         """Whether that was news."""
@@ -263,7 +269,8 @@ class Station:
             for d in self.book.records
             if not d.removed
         }
-        self.post(OffersMade(tuple(self.offers.values())))
+        offers = (o for model, o in self.offers.items() if not self.ignores(model))
+        self.post(OffersMade(tuple(offers)))
         self.speak()
 
     def _speak(self) -> None:

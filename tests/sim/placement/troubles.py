@@ -139,6 +139,7 @@ class Troubles:
             (self._drain, 2),
             (self._engine_crash, 3),
             (self._doom, 1),
+            (self._mute, 1),
             (self._device, 1),
             (self._demand, 3),
         ]
@@ -224,6 +225,14 @@ class Troubles:
         model = self.chance.choice(self.models)
         station.doomed.add(model)
         self.world.judge.doomed.add(model)
+        if station.up:
+            station.reoffer()
+
+    def _mute(self) -> None:
+        station = self.chance.choice(self.world.stations)
+        model = self.chance.choice(self.models)
+        station.mute.add(model)
+        self.world.judge.mute.add((station.id, model))
         if station.up:
             station.reoffer()
 

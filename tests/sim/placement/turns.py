@@ -2,26 +2,28 @@
 
 By what the node itself had seen: it may host the model and says YES to it; its offers are newer
 than its last lease; whoever may host has bid, or had the time to; not enough others stand, and
-those whose bids are better are fewer than the places to be filled. Nobody is put to sleep for a
-model that somebody could host without that.
+those whose bids are better are fewer than the places to be filled, but for those that never claim
+and have had the time to. Nobody is put to sleep for a model that somebody could host without that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from meshd.election.election import BID_WAIT_S
 from meshd.election.words import Standing
-from meshd.ids import ModelId
+from meshd.ids import ModelId, NodeId
 from meshd.view import Bid, ClaimState, Deployment, Suits
 
 if TYPE_CHECKING:
     from tests.sim.placement.station import Station
 
 
-def assert_turn(station: Station, record: Deployment, wanted: int, known_s: float) -> None:
-    """`known_s`: how long the node knows the record."""
+def assert_turn(
+    station: Station, record: Deployment, wanted: int, known_s: float, silent: Collection[NodeId]
+) -> None:
+    """`known_s`: how long the node knows the record; `silent`: who may be passed over."""
     where = f"{station.name} claims {record.model}"
     offer = station.offers.get(record.model)
     assert offer is not None, f"{where} without an offer"
@@ -36,6 +38,7 @@ def assert_turn(station: Station, record: Deployment, wanted: int, known_s: floa
         s.name
         for s in eligible
         if record.model not in s.claims
+        and s.node not in silent
         and (bid := bid_of(s, record)) is not None
         and bid.suits is not Suits.NO
         and _merits(bid) > _merits(offer.bid)
@@ -43,12 +46,13 @@ def assert_turn(station: Station, record: Deployment, wanted: int, known_s: floa
     assert len(better) < places, f"{where}, {places} to be filled, before {better}"
 
 
-def assert_no_better_way(station: Station, record: Deployment) -> None:
+def assert_no_better_way(station: Station, record: Deployment, silent: Collection[NodeId]) -> None:
     """Before others are put to sleep for it."""
     free = [
         s.name
         for s in station.seen
         if may_host(s, record)
+        and s.node not in silent
         and record.model not in s.claims
         and (bid := bid_of(s, record)) is not None
         and bid.suits is Suits.YES
