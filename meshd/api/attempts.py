@@ -142,6 +142,10 @@ class Attempts:
         return isinstance(outcome, Target) and outcome.instance not in seen
 
     def _unrouted(self, outcome: Ambiguous | NotFound | NotReady | Failed | Broken) -> MeshdError:
+        if isinstance(outcome, (NotFound, NotReady)) and self.relay.drains_alone(
+            self.model, own=self.from_peer
+        ):
+            return refusals.withdrawn()
         if self.from_peer and isinstance(outcome, NotFound):
             return refusals.not_here(self.model)
         return refusals.of_route(self.model, outcome)
@@ -149,7 +153,7 @@ class Attempts:
     def _attempt(self, target: Target) -> None:
         relay = self.relay
         self.target = target
-        relay.engage(target.instance)
+        relay.flights.engage(target)
         if relay.breakers.troubled:
             self._probe = relay.breakers.begin(target.instance, relay.clock.now())
         if not self.http10:
@@ -218,7 +222,7 @@ class Attempts:
         self._ticket += 1
         self._avoid |= {target.instance}
         self.target = None
-        self.relay.release(target.instance)
+        self.relay.flights.release(target)
         return target
 
     def _forgo_probe(self) -> None:

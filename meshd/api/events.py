@@ -11,7 +11,8 @@ from aiohttp.web_request import BaseRequest
 from aiohttp.web_response import StreamResponse
 
 from meshd.api.status import fetch
-from meshd.view import ModelView, PeerView, View
+from meshd.ids import NodeId
+from meshd.view import Claim, ClaimState, ModelView, PeerState, PeerView, View
 
 QUEUE_LIMIT = 256
 """Events a subscriber may be behind. Full-policy: it gets one `dropped` event and its stream ends;
@@ -60,6 +61,8 @@ def changes(old: View, new: View) -> list[dict[str, Any]]:
             )
     if new.peers is not old.peers:
         found.extend(_peer_changes(old.peers, new.peers))
+    if new.claims is not old.claims or new.peers is not old.peers:
+        found.extend(_host_changes(old, new))
     if new.models is not old.models:
         found.extend(_model_changes(old, new))
     return found
@@ -94,6 +97,64 @@ def _peer_changes(old: tuple[PeerView, ...], new: tuple[PeerView, ...]) -> Itera
             "id": gone.id,
             "previous": gone.state.value,
         }
+
+
+_REACHABLE = (PeerState.ALIVE, PeerState.SUSPECT)
+
+
+def _host_changes(old: View, new: View) -> Iterator[dict[str, Any]]:
+    """Of the claims of this node and of those that can be reached."""
+    before = {p.id: (p.name, p.claims) for p in old.peers if p.state in _REACHABLE}
+    before[old.node.id] = (old.node.name, old.claims)
+    after = {p.id: (p.name, p.claims) for p in new.peers if p.state in _REACHABLE}
+    after[new.node.id] = (new.node.name, new.claims)
+    states = {p.id: p.state.value for p in new.peers if p.state not in _REACHABLE}
+    for node_id, (name, claims) in after.items():
+        _, last = before.pop(node_id, ("", ()))
+        if claims is not last:
+            yield from _claim_changes(name, node_id, last, claims)
+    for node_id, (name, last) in before.items():
+        why = f"node `{name}` is {states.get(node_id, 'no member of the mesh any more')}"
+        for claim in last:
+            yield _gone(name, node_id, claim, why)
+
+
+def _claim_changes(
+    node: str, node_id: NodeId, old: tuple[Claim, ...], new: tuple[Claim, ...]
+) -> Iterator[dict[str, Any]]:
+    before = {claim.model: claim for claim in old}
+    for claim in new:
+        last = before.pop(claim.model, None)
+        if last is None or _claimed(last) != _claimed(claim):
+            previous = None if last is None else last.state.value
+            yield _host_event(node, node_id, claim, claim.state.value, previous, claim.reason)
+    for gone in before.values():
+        why = gone.reason if gone.state is ClaimState.DRAINING else None
+        yield _gone(node, node_id, gone, why)
+
+
+def _claimed(claim: Claim) -> tuple[object, ...]:
+    """What an event is made for."""
+    return (claim.epoch, claim.state, claim.reason)
+
+
+def _gone(node: str, node_id: NodeId, claim: Claim, why: str | None) -> dict[str, Any]:
+    return _host_event(node, node_id, claim, "gone", claim.state.value, why)
+
+
+def _host_event(
+    node: str, node_id: NodeId, claim: Claim, state: str, previous: str | None, reason: str | None
+) -> dict[str, Any]:
+    return {
+        "type": "host",
+        "model": claim.model,
+        "node": node,
+        "node_id": node_id,
+        "epoch": claim.epoch,
+        "state": state,
+        "previous": previous,
+        "reason": reason or None,
+    }
 
 
 def _model_changes(old: View, new: View) -> Iterator[dict[str, Any]]:

@@ -43,7 +43,7 @@ from meshd.api.responses import (
     error_bytes,
     error_event,
 )
-from meshd.api.route import NotReady
+from meshd.api.route import NotFound, NotReady
 from meshd.api.upstream import DechunkingUpstream, Upstream
 from meshd.errors import MeshdError, UpstreamFailed
 from meshd.view import Target
@@ -69,6 +69,8 @@ class Exchange(Attempts):
     __slots__ = (
         "_bytes_out",
         "_granted_at",
+        "_queued_there_s",
+        "_sent_at",
         "arrived_at",
         "body",
         "client",
@@ -118,6 +120,10 @@ class Exchange(Attempts):
         self.stream = False
         self.arrived_at = 0.0
         self._granted_at = 0.0
+        self._sent_at = 0.0
+        """When the present attempt was sent; 0 if nobody counts."""
+        self._queued_there_s = 0.0
+        """What another node says that the request waited there."""
         self._bytes_out = 0
 
     # -- called by the client's connection --------------------------------------------------------
@@ -138,8 +144,13 @@ class Exchange(Attempts):
             self._refuse(refusals.shutting_down())
             return
         outcome = relay.route(self.model, own=self.from_peer)
+        if relay.usage is not None and not self.from_peer:
+            if isinstance(outcome, NotFound) and relay.usage.missing(self.model):
+                self.model = relay.known_as(name, own=False)
+                outcome = relay.route(self.model)
+            relay.asked(self.model)
         if isinstance(outcome, Target):
-            if outcome.local and relay.withdrawn:
+            if outcome.local and outcome.model in relay.withdrawn:
                 self._refuse(refusals.withdrawn())
                 return
         elif not isinstance(outcome, NotReady) or self.wait_s <= 0:
@@ -231,6 +242,8 @@ class Exchange(Attempts):
         if upstream.until_close or (upstream.dechunks and upstream.chunked):
             self.keep_alive = False
         row = relay.traffic.of(self.model, "local" if target.local else "remote")
+        if not target.local:
+            self._queued_there_s = upstream.queued_s
         row.ttft.observe(relay.clock.now() - self._granted_at)
         status = upstream.status
         if isinstance(upstream, DechunkingUpstream):
@@ -276,12 +289,15 @@ class Exchange(Attempts):
 
     def _open_fresh(self) -> None:
         assert self.target is not None
+        self._sent_at = 0.0
         self._ticket += 1
         self.relay.pool(self.target).connect(self, self._ticket, dechunks=self.http10)
 
     def _send(self, upstream: Upstream) -> None:
         self._upstream = upstream
         self._attempts += 1
+        if self.relay.usage is not None:
+            self._sent_at = self.relay.clock.now()
         self.relay.traffic.bytes_in += len(self.body)
         if self.client.writing_paused:
             upstream.pause()
@@ -324,6 +340,9 @@ class Exchange(Attempts):
     def _finish(self, outcome: str) -> None:
         if self._probe:
             self._forgo_probe()
+        if self._sent_at and not self.from_peer and outcome in ("ok", "client_gone"):
+            assert self.target is not None
+            self.relay.answered(self.target, self._sent_at, self._queued_there_s)
         self.state = State.DONE
         self.body = b""
         self.relay.finished(self, outcome, self._bytes_out)

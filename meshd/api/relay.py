@@ -6,7 +6,6 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from meshd.api.admission import (
@@ -19,10 +18,12 @@ from meshd.api.admission import (
 )
 from meshd.api.breaker import NONE_SHUT, Breakers
 from meshd.api.exchange import Exchange
+from meshd.api.flights import Flights
 from meshd.api.pool import ConnectRemote, Pool
-from meshd.api.route import NOTHING, Route, find, route
+from meshd.api.route import NOTHING, Route, find, plain_name, route
 from meshd.api.traffic import Traffic
 from meshd.api.usage import Usage
+from meshd.api.withdrawal import drains_alone, withdrawn_models, without_withdrawn
 from meshd.config import ApiSettings
 from meshd.ids import InstanceId, ModelId, NodeId
 from meshd.kernel import Clock, FlightRecorder
@@ -30,7 +31,6 @@ from meshd.kernel.machine import Tick
 from meshd.view import (
     ModelState,
     ModelView,
-    NodeState,
     PeerState,
     Target,
     View,
@@ -70,8 +70,9 @@ class Relay:
         """Every exchange that has begun and not ended, waiting ones included."""
         self.draining = False
         """The node shuts down: no new request, of nobody. Never taken back."""
-        self.withdrawn = False
-        """Drained by hand: our own engines take no new request. Follows the view."""
+        self.withdrawn: frozenset[ModelId] = frozenset()
+        """Models whose engines here take no new request: the node was drained by hand, and has
+        handed them over, or cannot. Follows the view."""
         self.breakers = Breakers()
         self._recorder = recorder
         self._spawn = spawn
@@ -86,9 +87,7 @@ class Relay:
         self._admission = Admission(settings.queue_per_model)
         self._timer: asyncio.TimerHandle | None = None
         self._pools: dict[InstanceId, Pool] = {}
-        self._inflight: dict[InstanceId, int] = {}
-        self._last_request_at: dict[InstanceId, float] = {}
-        self._idle_waiters: dict[InstanceId, list[asyncio.Future[None]]] = {}
+        self.flights = Flights(clock, usage)
         self._all_idle_waiters: list[asyncio.Future[None]] = []
         self._node_lines: dict[InstanceId, bytes] = {}
 
@@ -101,12 +100,12 @@ class Relay:
         Called at every change of anything, so what did not change is passed over.
         """
         last, self._view = self._view, view
-        withdrawn = view.node.state is NodeState.DRAINING
+        withdrawn = withdrawn_models(view)
         if (
             last is None
             or view.models is not last.models
             or view.local is not last.local
-            or withdrawn is not self.withdrawn
+            or withdrawn != self.withdrawn
         ):
             self.withdrawn = withdrawn
             self._apply_models(view)
@@ -116,7 +115,7 @@ class Relay:
     def _apply_models(self, view: View) -> None:
         self._own = dict(view.local)
         models = self._models = (
-            {i: _without_own(m) for i, m in view.models.items()}
+            {i: without_withdrawn(m, self.withdrawn) for i, m in view.models.items()}
             if self.withdrawn
             else dict(view.models)
         )
@@ -148,9 +147,7 @@ class Relay:
         )
         for instance in [i for i in self._pools if i not in live]:
             self._pools.pop(instance).close()
-        for instance in [i for i in self._last_request_at if i not in live]:
-            if instance not in self._inflight:
-                del self._last_request_at[instance]
+        self.flights.keep(live)
         self.breakers.keep(live)
 
     def _apply_peers(self, view: View) -> None:
@@ -178,7 +175,7 @@ class Relay:
         breakers = self.breakers
         shut = breakers.shut(self.clock.now()) if breakers.troubled else NONE_SHUT
         models = self._own if own else self._models
-        return route(name, models, self._inflight, self.rng, avoid, shut)
+        return route(name, models, self.flights.counts, self.rng, avoid, shut)
 
     def known_as(self, name: str, *, own: bool) -> str:
         """What `name` is queued, counted and routed under: one name for one set of weights.
@@ -195,6 +192,25 @@ class Relay:
 
     def knows(self, name: str) -> bool:
         return name in self._models
+
+    def drains_alone(self, name: str, *, own: bool) -> bool:
+        """Whether `name` finds no engine because this node was drained by hand. `own`: as above."""
+        view = self._view
+        return view is not None and drains_alone(view, name, own=own)
+
+    # -- what is told of requests -----------------------------------------------------------------
+
+    def asked(self, name: str) -> None:
+        """A client of this node asked for `name`, as it is queued."""
+        model = self._models.get(ModelId(name))
+        if model is not None and self.usage is not None:
+            self.usage.asked(plain_name(model))
+
+    def answered(self, target: Target, sent_at: float, queued_there_s: float) -> None:
+        """An engine is done with a request of a client of this node."""
+        if self.usage is not None:
+            service_s = self.clock.now() - sent_at - queued_there_s
+            self.usage.answered(target.model, max(0.0, service_s))
 
     # -- admission --------------------------------------------------------------------------------
 
@@ -229,35 +245,6 @@ class Relay:
             for e in self.active
             if e.needs_slot and e.target is not None and e.target.local
         )
-
-    # -- who is in flight where -------------------------------------------------------------------
-
-    def engage(self, instance: InstanceId) -> None:
-        self._inflight[instance] = self._inflight.get(instance, 0) + 1
-        self._last_request_at[instance] = self.clock.now()
-
-    def release(self, instance: InstanceId) -> None:
-        left = self._inflight[instance] - 1
-        self._last_request_at[instance] = self.clock.now()
-        if left:
-            self._inflight[instance] = left
-            return
-        del self._inflight[instance]
-        for waiter in self._idle_waiters.pop(instance, ()):
-            if not waiter.done():
-                waiter.set_result(None)
-
-    def inflight(self, instance: InstanceId) -> int:
-        return self._inflight.get(instance, 0)
-
-    def last_request_at(self, instance: InstanceId) -> float | None:
-        return self._last_request_at.get(instance)
-
-    async def wait_idle(self, instance: InstanceId) -> None:
-        while instance in self._inflight:
-            waiter = asyncio.get_running_loop().create_future()
-            self._idle_waiters.setdefault(instance, []).append(waiter)
-            await waiter
 
     async def wait_all_idle(self) -> None:
         while self.active:
@@ -294,7 +281,7 @@ class Relay:
         if target is not None:
             row.seconds.observe(self.clock.now() - exchange.arrived_at)
             traffic.bytes_out += bytes_out
-            self.release(target.instance)
+            self.flights.release(target)
         effects = self._admission.abandon(exchange)
         if effects:
             self._run(effects)
@@ -357,15 +344,6 @@ class Relay:
         self._timer = None
         self._run(self._admission.handle(Tick(), self.clock.now()))
         self._arm()
-
-
-def _without_own(model: ModelView) -> ModelView:
-    """`model` as a withdrawn node offers it: elsewhere, if it is served elsewhere. Otherwise as it
-    was, for the requests that were let in before; new ones are refused."""
-    remote = tuple(t for t in model.targets if not t.local)
-    if not remote or len(remote) == len(model.targets):
-        return model
-    return replace(model, targets=remote)
 
 
 def _capacity(model: ModelView) -> Capacity:

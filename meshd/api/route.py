@@ -130,6 +130,15 @@ def find(name: str, models: Mapping[ModelId, ModelView]) -> ModelView | None:
     return model
 
 
+def plain_name(model: ModelView) -> ModelId:
+    """The name of `model` without the digest that an exact one has."""
+    if model.digest is not None:
+        plain = ModelId(model.id.rpartition("@")[0])
+        if model.id == exact_name(plain, model.digest):
+            return plain
+    return model.id
+
+
 def choose(
     targets: tuple[Target, ...],
     inflight: Mapping[InstanceId, int],

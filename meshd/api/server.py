@@ -131,14 +131,14 @@ class ApiServer(Service):
 
     async def wait_idle(self, instance: InstanceId) -> None:
         """Until no request is in flight on that engine."""
-        await self._relay.wait_idle(instance)
+        await self._relay.flights.wait_idle(instance)
 
     def inflight(self, instance: InstanceId) -> int:
-        return self._relay.inflight(instance)
+        return self._relay.flights.counts.get(instance, 0)
 
     def last_request_at(self, instance: InstanceId) -> float | None:
         """Monotonic time of the last begin or end of a request there; None if there was none."""
-        return self._relay.last_request_at(instance)
+        return self._relay.flights.last_request_at(instance)
 
     async def wait_all_idle(self) -> None:
         """Until no request is in flight or waiting at all."""

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from meshd.ids import ModelId
+from meshd.api.withdrawal import withdrawn_models
+from meshd.ids import ModelId, NodeId
 from meshd.view import (
+    Deployment,
     FetchView,
     HostView,
     ModelState,
     ModelView,
-    NodeState,
     PeerState,
     PeerView,
     RuntimeView,
@@ -46,6 +47,7 @@ def status(
         "devices": [asdict(device) for device in view.devices],
         "peers": peers(view),
         "models": models(view, own_in_use),
+        "deployments": deployments(view),
         "cache": None if view.cache is None else asdict(view.cache),
     }
 
@@ -57,6 +59,28 @@ def peers(view: View) -> list[dict[str, Any]]:
 
 def models(view: View, own_in_use: Mapping[ModelId, int]) -> list[dict[str, Any]]:
     return [_model(view, model, own_in_use) for model in view.models.values()]
+
+
+def deployments(view: View) -> list[dict[str, Any]]:
+    """What the mesh should serve. `host` and `origin`: names of nodes, or ids of unknown ones."""
+    names = {peer.id: peer.name for peer in view.peers} | {view.node.id: view.node.name}
+    return [_deployment(d, names) for d in view.deployments if not d.removed]
+
+
+def _deployment(deployment: Deployment, names: Mapping[NodeId, str]) -> dict[str, Any]:
+    host, origin = deployment.host, deployment.origin
+    return {
+        "model": deployment.model,
+        "ref": deployment.ref,
+        "version": deployment.version,
+        "replicas": deployment.replicas,
+        "context": deployment.context,
+        "parallel": deployment.parallel,
+        "host": None if host is None else names.get(host, host),
+        "cause": deployment.cause.value,
+        "asleep": deployment.asleep,
+        "origin": names.get(origin, origin),
+    }
 
 
 def model_list(view: View) -> dict[str, Any]:
@@ -115,7 +139,8 @@ def _peer(peer: PeerView) -> dict[str, Any]:
 def _model(view: View, model: ModelView, own_in_use: Mapping[ModelId, int]) -> dict[str, Any]:
     # An engine of this node counts under its plain name, whatever the model is called here.
     ours = next((t.model for t in model.targets if t.local), model.id)
-    hosts = [_host_now(view, host, own_in_use.get(ours, 0)) for host in model.hosts]
+    withdrawn = ours in withdrawn_models(view)
+    hosts = [_host_now(view, host, own_in_use.get(ours, 0), withdrawn) for host in model.hosts]
     state = model.state
     if state is ModelState.READY and all(h.state is ModelState.DRAINING for h in hosts) and hosts:
         state = ModelState.DRAINING
@@ -133,12 +158,12 @@ def _model(view: View, model: ModelView, own_in_use: Mapping[ModelId, int]) -> d
     }
 
 
-def _host_now(view: View, host: HostView, own_in_use: int) -> HostView:
-    """For a host that is this node, what other nodes are told of it: its slots that are free by our
-    own count, and draining if the node drains."""
+def _host_now(view: View, host: HostView, own_in_use: int, withdrawn: bool) -> HostView:
+    """For a host that is this node, what other nodes see of it: its slots that are free by our own
+    count, and draining once its engine takes no new requests because the node drains."""
     if host.node_id != view.node.id:
         return host
-    drains = view.node.state is NodeState.DRAINING and host.state is ModelState.READY
+    drains = withdrawn and host.state is ModelState.READY
     return replace(
         host,
         slots_free=max(0, host.slots - own_in_use),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 MAX_HEAD_BYTES: Final = 64 * 1024
 JOIN_BELOW_BYTES: Final = 64 * 1024
 """A request body smaller than this is copied behind its head, to be one write."""
+MAX_QUEUE_DIGITS: Final = 10
 
 _DROPPED: Final = frozenset(
     (
@@ -77,6 +78,8 @@ class Upstream(asyncio.Protocol):
         self.chunked = False
         self.until_close = False
         self.event_stream = False
+        self.queued_s = 0.0
+        """What another node says that the request waited there."""
         self.reused = False
         """Whether this connection had served another exchange before the present one."""
         self.idle_since = 0.0
@@ -104,6 +107,7 @@ class Upstream(asyncio.Protocol):
         self._served += 1
         self.lines = []
         self.chunked = self.until_close = self.event_stream = False
+        self.queued_s = 0.0
         self._head = b""
         self._head_done = self._complete = self._in_chunk = False
         self._began = 0
@@ -196,6 +200,8 @@ class Upstream(asyncio.Protocol):
             return  # a trailer
         lower = name.lower()
         if lower in _DROPPED:
+            if lower == b"x-meshd-queue-ms" and value.isdigit() and len(value) < MAX_QUEUE_DIGITS:
+                self.queued_s = int(value) / 1000
             return
         if lower == b"transfer-encoding":
             if value.strip().lower() != b"chunked":

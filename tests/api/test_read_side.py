@@ -46,7 +46,9 @@ async def test_a_model_id_may_contain_slashes(api: Api) -> None:
 
 async def test_status_has_the_documented_shape(api: Api) -> None:
     status = (await get(api, "/mesh/status")).json()
-    assert set(status) == {"node", "mesh", "runtime", "devices", "peers", "models", "cache"}
+    assert set(status) == {
+        *("node", "mesh", "runtime", "devices", "peers", "models", "deployments", "cache")
+    }
     assert set(status["node"]) == {
         *("id", "name", "version", "role", "state", "uptime_s", "listen", "peer_listen")
     }
