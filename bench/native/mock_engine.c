@@ -435,7 +435,7 @@ static void print_help(void) {
          "--host HOST    ip address to listen, or bind to an UNIX socket if the address ends with .sock\n"
          "--port PORT\n-c, --ctx-size N\n-np, --parallel N\n-t, --threads N\n"
          "-ngl, --gpu-layers, --n-gpu-layers N\n-ctk, --cache-type-k TYPE\n-ctv, --cache-type-v TYPE\n"
-         "--no-webui\n--slots, --no-slots\n--offline\n-mm, --mmproj FILE\n-lv, --verbosity N\n"
+         "--no-webui\n--slots, --no-slots\n--offline\n-mm, --mmproj FILE\n-lv, --verbosity N\n-cram, --cache-ram N\n"
          "(a mock for benchmarks: it makes no text)");
 }
 

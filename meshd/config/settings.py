@@ -13,6 +13,12 @@ from meshd.sizes import SIZE_OR_SHARE_PATTERN, SIZE_PATTERN
 Seconds = Annotated[float, Field(ge=0, le=86_400)]
 Address = Annotated[str, StringConstraints(pattern=f"^{ADDRESS_PATTERN}$")]
 
+DEFAULT_CONTEXT_LIMIT = 8192
+"""Tokens per slot when nobody asks for more: the context a model was trained for can need more
+memory than its weights, and it is divided among slots that are all paid for at once."""
+DEFAULT_PARALLEL = 4
+"""Slots."""
+
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 """Names of nodes and meshes."""
 
@@ -80,6 +86,15 @@ class EngineSettings(Section):
     restart_window_s: Seconds = 600.0
     log_bytes: int = Field(4 * 1024 * 1024, ge=65_536)
     """Size at which an engine's log file is rotated; three old ones are kept."""
+
+    def context_of(self, asked: int | None, trained: int | None) -> int:
+        """Tokens per slot of an engine that is asked for `asked`, of a model trained for
+        `trained`; None: nothing was said."""
+        limit = DEFAULT_CONTEXT_LIMIT
+        return asked or self.context or min(trained or limit, limit)
+
+    def slots_of(self, asked: int | None) -> int:
+        return asked or self.parallel or DEFAULT_PARALLEL
 
 
 class PeerSettings(Section):

@@ -144,7 +144,7 @@ class Rooms:
                 identify=cache.identify,
                 wait_idle=api.wait_idle,
                 last_request_at=api.last_request_at,
-                always_listed={ModelId("builtin"): "builtin"} if hosts else {},
+                always_listed=lambda: {ModelId("builtin"): "builtin"} if hosts else {},
                 shown=prover.engine_found,
                 hosts=hosts,
             ),

@@ -61,10 +61,8 @@ from meshd.view import (
 
 log = logging.getLogger(__name__)
 
-DEFAULT_CONTEXT_LIMIT = 8192
-"""Tokens per slot when nobody asks for more: the context a model was trained for can need more
-memory than its weights, and it is divided among slots that are all paid for at once."""
-DEFAULT_PARALLEL = 4
+ENGINE_RECHECK_S = 15.0
+"""How often a node without an engine looks for one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +78,14 @@ class Rooms:
     """REF to the name clients use, and to the one way of writing that REF; raises BadReference."""
     wait_idle: Callable[[InstanceId], Awaitable[None]]
     last_request_at: Callable[[InstanceId], float | None]
-    always_listed: Mapping[ModelId, str]
+    always_listed: Callable[[], Mapping[ModelId, str]]
     """Models that can be loaded any time, with their REFs."""
     shown: Callable[[RuntimeRecord], RuntimeView] = RuntimeRecord.to_view
     """What to say of an engine that was found; whoever proves engines hears of it here."""
     hosts: bool = True
     """False for a client node, which loads nothing."""
+    changed: Callable[[], None] = lambda: None
+    """Called when `engine_problem` changed and nothing in the view did."""
 
 
 class ModelHost(Service):
@@ -119,8 +119,10 @@ class ModelHost(Service):
         self._engines: dict[ModelId, EngineSupervisor] = {}
         self._binary: Path | None = None
         self._engine_id = ""
-        self._backend: str | None = None
-        """What models were last shown to run on."""
+        self._shown_with: object = None
+        """What of the view the models were last shown with."""
+        self.engine_problem: str | None = "looking for an engine on this machine"
+        """Why this node can run nothing; None once it has an engine."""
         self._tickets = itertools.count(1)
         self._refusals: dict[int, str] = {}
         self._attempts: dict[ModelId, int] = {}
@@ -139,8 +141,6 @@ class ModelHost(Service):
 
     def load(self, ref: str, options: LoadOptions = LoadOptions()) -> ModelId:  # noqa: B008 (frozen)
         """Start loading; what becomes of it is in the view. Raises BadReference, InvalidRequest."""
-        if not self._rooms.hosts:
-            raise InvalidRequest("a client node hosts no models; load it on a member", param="ref")
         model, ref = self._rooms.identify(ref)
         ticket = next(self._tickets)
         self._post(LoadAsked(ticket, model, ref, options))
@@ -164,6 +164,16 @@ class ModelHost(Service):
         facts = [e.facts for e in self._machine.entries.values() if e.facts is not None]
         return frozenset(f.first_shard for f in facts) | {f.digest for f in facts if f.digest}
 
+    def taken(self, model: ModelId) -> MemoryReport | None:
+        """What the engine of a model that is ready said it takes; None if that is not known."""
+        engine = self._engines.get(model)
+        return None if engine is None else self._memory(engine.report)
+
+    @property
+    def engine_id(self) -> str:
+        """Of the engine that models run on; empty while none is known."""
+        return self._engine_id
+
     def overdue_s(self) -> float:
         """How long the supervision of engines stands still; 0.0 when all of it moves."""
         return max([self._driver.overdue_s, *(e.overdue_s for e in self._engines.values())])
@@ -184,9 +194,9 @@ class ModelHost(Service):
 
     async def _serve(self) -> None:
         self.ready.set()
-        if self._rooms.hosts and not self._config.model:
-            # Nothing asks for it yet, but other nodes are told what this one could run.
-            self.spawn(self._look_for_engine(), name="look for engine")
+        if self._rooms.hosts:
+            # Nothing asks for it yet, but nobody bids for a model without one.
+            self.spawn(self._await_engine(), name="look for an engine")
         await self.stopping.wait()
         stopping = tuple(self._engines)
         for model in stopping:
@@ -239,24 +249,30 @@ class ModelHost(Service):
             self._post(WeightsAccepted(model, number, facts))
 
     async def _find_engine(self) -> None:
-        try:
-            record = await self._pool.run(self._rooms.find_engine)
-        except MeshdError as error:
-            log.warning("no engine: %s", error.message)
-            self._post(EngineNotFound(error.message))
-        else:
-            self._engine_found(record)
+        if not await self._look_for_engine():
+            assert self.engine_problem is not None, "said when none was found"
+            self._post(EngineNotFound(self.engine_problem))
 
-    async def _look_for_engine(self) -> None:
+    async def _await_engine(self) -> None:
+        while not await self._look_for_engine():
+            await asyncio.sleep(ENGINE_RECHECK_S)
+
+    async def _look_for_engine(self) -> bool:
+        """Whether there is one."""
         try:
             record = await self._pool.run(self._rooms.find_engine)
         except MeshdError as error:
-            log.info("no engine: %s", error.message)
-        else:
-            self._engine_found(record)
+            if error.message != self.engine_problem:
+                log.warning("no engine: %s", error.message)
+                self.engine_problem = error.message
+                self._rooms.changed()
+            return False
+        self._engine_found(record)
+        return True
 
     def _engine_found(self, record: RuntimeRecord) -> None:
         self._binary, self._engine_id = Path(record.server_path), record.id
+        self.engine_problem = None
         log.info("engine %s: %s at %s", record.id, record.version, record.server_path)
         runtime = self._rooms.shown(record)
         self._board.publish(replace(self._board.current, runtime=runtime))
@@ -266,9 +282,8 @@ class ModelHost(Service):
         assert self._binary is not None, "StartEngine comes after EngineFound"
         settings = self._config.engine
         options, facts = effect.options, effect.facts
-        trained = facts.trained_context or DEFAULT_CONTEXT_LIMIT
-        context = options.context or settings.context or min(trained, DEFAULT_CONTEXT_LIMIT)
-        parallel = options.parallel or settings.parallel or DEFAULT_PARALLEL
+        context = settings.context_of(options.context, facts.trained_context)
+        parallel = settings.slots_of(options.parallel)
         launch = Launch(
             weights=facts.digest or facts.first_shard,
             bytes=facts.total_bytes,
@@ -284,6 +299,7 @@ class ModelHost(Service):
             context=context,
             parallel=parallel,
             threads=settings.threads,
+            prompt_cache_bytes=options.prompt_cache_bytes,
             talkative=self._measurements.find(launch) is None,
             extra=settings.extra_args,
         )
@@ -321,7 +337,7 @@ class ModelHost(Service):
 
     def _publish(self) -> None:
         models = {m: self._model_view(entry) for m, entry in self._machine.entries.items()}
-        for model, ref in self._rooms.always_listed.items():
+        for model, ref in self._rooms.always_listed().items():
             if model not in models:
                 reason = f"not loaded; `meshd load {ref}` loads it"
                 models[model] = ModelView(model, ref, ModelState.ABSENT, reason)
@@ -332,7 +348,8 @@ class ModelHost(Service):
         engine, view = self._engines.get(entry.model), self._board.current
         report = None if engine is None else engine.report
         memory = None if report is None else proved_memory(self._memory(report), view.runtime)
-        return model_view(entry, report, memory, view.node, self._clock.now())
+        epoch = next((c.epoch for c in view.claims if c.model == entry.model), 0)
+        return model_view(entry, report, memory, view.node, epoch, self._clock.now())
 
     def _memory(self, report: EngineReport) -> MemoryReport | None:
         """What the engine of a model that is ready said it takes, now or the last time."""
@@ -343,8 +360,11 @@ class ModelHost(Service):
         return self._measurements.find(self._launches[report.model])
 
     def _view_changed(self, view: View) -> None:
-        """A proof that was made or lost changes what is shown of the models."""
+        """A proof that was made or lost changes what is shown of the models, as a new epoch does,
+        and other weights on the disk."""
+        epochs = tuple((claim.model, claim.epoch) for claim in view.claims)
         backend = None if view.runtime is None else view.runtime.backend
-        if backend != self._backend:
-            self._backend = backend
+        shown_with = (backend, epochs, view.weights)
+        if shown_with != self._shown_with:
+            self._shown_with = shown_with
             self._publish()

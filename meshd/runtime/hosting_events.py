@@ -19,6 +19,8 @@ class LoadOptions:
     """Tokens per slot."""
     parallel: int | None = None
     """Slots."""
+    prompt_cache_bytes: int | None = None
+    """Main memory for conversations without a slot; None leaves it to the engine."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from meshd.ids import InstanceId, ModelId
 from meshd.runtime.reported import VERBOSITY
 
+MIB = 1 << 20
+
 INSTANCE_PREFIX = "~"
 """What an instance id begins with, so that it can be told from a name."""
 
@@ -29,6 +31,9 @@ class LaunchSpec:
     kv_type: str | None = None
     """Type of the KV cache; None is the engine's default, f16."""
     threads: int | None = None
+    prompt_cache_bytes: int | None = None
+    """Main memory for conversations that have lost their slot; None is the engine's default,
+    8 GiB. Rounded up to MiB."""
     talkative: bool = False
     """It tells of its layers and buffers, and much of every request."""
     extra: tuple[str, ...] = ()
@@ -54,6 +59,8 @@ def server_argv(
         argv += ["--cache-type-k", spec.kv_type, "--cache-type-v", spec.kv_type]
     if spec.threads is not None:
         argv += ["--threads", str(spec.threads)]
+    if spec.prompt_cache_bytes is not None:
+        argv += ["--cache-ram", str(-(-spec.prompt_cache_bytes // MIB))]
     if spec.talkative:
         argv += ["--verbosity", str(VERBOSITY)]
     argv += ["--no-webui", "--slots", "--offline"]

@@ -31,6 +31,7 @@ NEEDED_FLAGS = (
         "--offline",
         "--mmproj",
         "--verbosity",
+        "--cache-ram",
     ),
 )
 """All that `launch.server_argv` may say. Features are probed, never assumed: an engine without one

@@ -28,9 +28,11 @@ def model_view(
     report: EngineReport | None,
     memory: MemoryReport | None,
     node: NodeView,
+    epoch: int,
     now: float,
 ) -> ModelView:
-    """`report`: None without an engine. `memory`: as `proved_memory` gave it. `now`: monotonic."""
+    """`report`: None without an engine. `memory`: as `proved_memory` gave it. `epoch`: of this
+    node's claim, 0 without one. `now`: monotonic."""
     facts, preparing = entry.facts, entry.now
     hosts: tuple[HostView, ...] = ()
     targets: tuple[Target, ...] = ()
@@ -40,7 +42,7 @@ def model_view(
     if report is not None:
         progress = report.progress
         retry_at = report.retry_at or retry_at
-        hosts = (_host_view(entry, report, memory, node),)
+        hosts = (_host_view(entry, report, memory, node, epoch),)
         if entry.state is ModelState.READY:
             reason = _shortcoming(report, memory)
             if report.instance and report.socket_path:
@@ -86,12 +88,12 @@ def _shortcoming(report: EngineReport, memory: MemoryReport | None) -> str | Non
 
 
 def _host_view(
-    entry: Entry, report: EngineReport, memory: MemoryReport | None, node: NodeView
+    entry: Entry, report: EngineReport, memory: MemoryReport | None, node: NodeView, epoch: int
 ) -> HostView:
     return HostView(
         node=node.name,
         node_id=node.id,
-        epoch=1,
+        epoch=epoch,
         state=entry.state,
         context_length=report.context_length,
         slots=report.slots,

@@ -37,6 +37,7 @@ def test_all_of_it_with_further_arguments_last() -> None:
         gpu_layers=0,
         kv_type="q8_0",
         threads=3,
+        prompt_cache_bytes=(100 << 20) + 1,
         extra=("--jinja", "--seed", "7"),
     )
     argv = server_argv("s", spec, INSTANCE, "ab.sock")
@@ -44,6 +45,7 @@ def test_all_of_it_with_further_arguments_last() -> None:
     assert value(argv, "--n-gpu-layers") == "0"
     assert (value(argv, "--cache-type-k"), value(argv, "--cache-type-v")) == ("q8_0", "q8_0")
     assert value(argv, "--threads") == "3"
+    assert value(argv, "--cache-ram") == "101"  # MiB; 0 would turn it off
     assert argv[-3:] == ("--jinja", "--seed", "7")
 
 

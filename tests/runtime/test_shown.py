@@ -41,7 +41,7 @@ ENTRY = Entry(ModelId("m"), "m.gguf", LoadOptions(), ModelState.READY)
 
 
 def test_memory_of_a_proved_device_is_shown() -> None:
-    view = model_view(ENTRY, READY, proved_memory(ON_GPU, GPU), NODE, 0.0)
+    view = model_view(ENTRY, READY, proved_memory(ON_GPU, GPU), NODE, 3, 0.0)
     (host,) = view.hosts
     assert dict(host.memory) == {"CPU": 10, "CUDA0": 90}
     assert (host.offloaded, view.reason) == ((5, 5), None)
@@ -50,19 +50,19 @@ def test_memory_of_a_proved_device_is_shown() -> None:
 
 def test_layers_that_did_not_fit_are_said() -> None:
     part = replace(ON_GPU, offloaded=(3, 5))
-    view = model_view(ENTRY, READY, proved_memory(part, GPU), NODE, 0.0)
+    view = model_view(ENTRY, READY, proved_memory(part, GPU), NODE, 3, 0.0)
     assert view.reason == "slow: 2 of 5 layers run on the CPU, for want of device memory"
     worse = replace(READY, degraded="a context of 2048 tokens")
-    reason = model_view(ENTRY, worse, proved_memory(part, GPU), NODE, 0.0).reason
+    reason = model_view(ENTRY, worse, proved_memory(part, GPU), NODE, 3, 0.0).reason
     assert reason == "degraded: a context of 2048 tokens"
 
 
 def test_an_engine_for_the_cpu_that_says_it_offloads_is_not_repeated() -> None:
-    (host,) = model_view(ENTRY, READY, proved_memory(ON_CPU, CPU), NODE, 0.0).hosts
+    (host,) = model_view(ENTRY, READY, proved_memory(ON_CPU, CPU), NODE, 3, 0.0).hosts
     assert (dict(host.memory), host.offloaded) == ({"CPU": 100}, None)
 
 
 @pytest.mark.parametrize("runtime", [CPU, None])
 def test_a_device_that_is_not_proved_is_not_spoken_of(runtime: RuntimeView | None) -> None:
-    (host,) = model_view(ENTRY, READY, proved_memory(ON_GPU, runtime), NODE, 0.0).hosts
+    (host,) = model_view(ENTRY, READY, proved_memory(ON_GPU, runtime), NODE, 3, 0.0).hosts
     assert (host.memory, host.offloaded) == ((), None)
