@@ -17,14 +17,17 @@ from meshd.peers.advert_size import make_fit
 from meshd.peers.placement import (
     MAX_BIDS,
     MAX_CLAIMS,
+    MAX_DEMAND,
     AdvertBid,
     AdvertClaim,
+    Load,
+    Model,
+    Placement,
     bids_to_wire,
     claims_to_wire,
+    demand_to_wire,
 )
 from meshd.view import (
-    Bid,
-    Claim,
     DeviceView,
     ModelState,
     NodeState,
@@ -134,7 +137,7 @@ class AdvertProof(_Peer):
 
 class Advert(_Peer):
     """Client nodes advertise neither models, devices and weights, nor bids and claims; what they
-    send of them is dropped."""
+    send of them is dropped. Their clients count like everybody's: they tell the demand."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
     version: Text
@@ -151,6 +154,8 @@ class Advert(_Peer):
     """Digests of the sets it holds verified."""
     bids: Annotated[list[AdvertBid], Field(max_length=MAX_BIDS)] = []
     claims: Annotated[list[AdvertClaim], Field(max_length=MAX_CLAIMS)] = []
+    demand: Annotated[dict[Model, Load], Field(max_length=MAX_DEMAND)] = {}
+    """Slots of each model that its clients keep busy."""
 
 
 def describe(view: View, name: str, role: Role) -> dict[str, Any]:
@@ -160,8 +165,10 @@ def describe(view: View, name: str, role: Role) -> dict[str, Any]:
         "version": view.node.version,
         "role": role.value,
         "draining": view.node.state is NodeState.DRAINING,
+        "demand": demand_to_wire(view.demand),
     }
     if role is Role.CLIENT:
+        make_fit(body)
         return body
     runtime = view.runtime
     if runtime is not None:
@@ -202,7 +209,7 @@ def told_of(view: View) -> tuple[object, ...]:
     node = view.node
     return (
         node.version, node.state, view.runtime, view.devices, view.local, view.weights, view.bids,
-        view.claims,
+        view.claims, view.demand,
     )  # fmt: skip
 
 
@@ -212,7 +219,7 @@ class AdvertBook:
     def __init__(self) -> None:
         self._adverts: dict[NodeId, tuple[int, Advert, dict[str, Any]]] = {}
         self._slots_free: dict[NodeId, dict[str, int]] = {}
-        self._placement: dict[NodeId, tuple[tuple[Bid, ...], tuple[Claim, ...]]] = {}
+        self._placement: dict[NodeId, Placement] = {}
         """Made once an advert: there may be hundreds, and pictures are made often."""
 
     def version(self, node: NodeId) -> int:
@@ -236,12 +243,7 @@ class AdvertBook:
         if node not in self._adverts and len(self._adverts) >= MAX_NODES:
             return False
         self._adverts[node] = (version, advert, dict(envelope))
-        if advert.role is Role.CLIENT:
-            self._placement.pop(node, None)
-        else:
-            bids = {bid.model: bid.to_view() for bid in advert.bids}
-            claims = {claim.model: claim.to_view() for claim in advert.claims}
-            self._placement[node] = (tuple(bids.values()), tuple(claims.values()))
+        self._placement[node] = _placement(advert)
         return True
 
     def put_slots(self, node: NodeId, slots_free: dict[str, int]) -> bool:
@@ -265,9 +267,8 @@ class AdvertBook:
             return frozenset()
         return frozenset(advert.weights)
 
-    def placement(self, node: NodeId) -> tuple[tuple[Bid, ...], tuple[Claim, ...]]:
-        """Its bids and its claims."""
-        return self._placement.get(node, ((), ()))
+    def placement(self, node: NodeId) -> Placement:
+        return self._placement.get(node, ((), (), ()))
 
     def runs_on(self, node: NodeId) -> tuple[str, ProofView | None]:
         """What its models run on, and the evidence it gives; `cpu` for all that gives none, or
@@ -290,6 +291,15 @@ def slots_from_wire(value: Any) -> dict[str, int]:
         return {}
     rows = list(value.items())[:MAX_MODELS]
     return {k: n for k, n in rows if len(k) <= 256 and type(n) is int and 0 <= n <= 65_536}
+
+
+def _placement(advert: Advert) -> Placement:
+    demand = tuple((ModelId(model), load) for model, load in advert.demand.items())
+    if advert.role is Role.CLIENT:
+        return (), (), demand
+    bids = {bid.model: bid.to_view() for bid in advert.bids}
+    claims = {claim.model: claim.to_view() for claim in advert.claims}
+    return tuple(bids.values()), tuple(claims.values()), demand
 
 
 def _proof(runtime: RuntimeView) -> dict[str, Any]:

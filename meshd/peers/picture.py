@@ -35,7 +35,7 @@ def picture(
     for node, standing in members.items():
         advert = adverts.get(node)
         backend, proof = adverts.runs_on(node)
-        bids, claims = adverts.placement(node)
+        bids, claims, demand = adverts.placement(node)
         peers.append(
             PeerView(
                 id=node,
@@ -53,6 +53,7 @@ def picture(
                 proof=proof,
                 bids=bids,
                 claims=claims,
+                demand=demand,
             )
         )
     return names[own], tuple(sorted(peers, key=lambda p: (p.name, p.id)))

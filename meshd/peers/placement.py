@@ -1,4 +1,5 @@
-"""What a node says of what it hosts or could host, as JSON in its advert: bids and claims. Pure.
+"""What a node says of what it hosts, could host and is asked for, as JSON in its advert: bids,
+claims and demand. Pure.
 
 Everything that is read is bounded, and unknown fields are ignored. What is written is as short as
 it can be: fields that have their usual value are left out.
@@ -7,7 +8,7 @@ it can be: fields that have their usual value are left out.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeAlias
 
 from pydantic import Field, StringConstraints
 
@@ -17,15 +18,20 @@ from meshd.view import Bid, Claim, ClaimState, Suits
 
 MAX_BIDS: Final = 256
 MAX_CLAIMS: Final = 256
+MAX_DEMAND: Final = 256
+MAX_LOAD: Final = 65_536.0
+"""Slots that one node's clients can be said to keep busy of one model."""
+MAX_MODEL_CHARS: Final = 256
 MAX_REASON_CHARS: Final = 240
 """Of a bid or claim that is written; longer ones are cut. Four times that is read."""
 
 Counter = Annotated[int, Field(ge=0, lt=1 << 53)]
 """JSON numbers are exact up to there."""
 Sixteenths = Annotated[int, Field(ge=0, le=15)]
-Model = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Model = Annotated[str, StringConstraints(min_length=1, max_length=MAX_MODEL_CHARS)]
 """No narrower than the name of a deployment may be: nodes bid for all there are."""
 Reason = Annotated[str, StringConstraints(max_length=1024)]
+Load = Annotated[float, Field(ge=0, le=MAX_LOAD, allow_inf_nan=False)]
 
 _SUITS_ORDER: Final = (Suits.YES, Suits.SWAP, Suits.NO)
 _STATE_ORDER: Final = (
@@ -34,6 +40,10 @@ _STATE_ORDER: Final = (
     ClaimState.DRAINING,
     ClaimState.FAILED,
 )
+
+
+Placement: TypeAlias = tuple[tuple[Bid, ...], tuple[Claim, ...], tuple[tuple[ModelId, float], ...]]
+"""A node's bids, its claims, and the demand of its clients."""
 
 
 class AdvertBid(WireModel):
@@ -117,6 +127,15 @@ def claims_to_wire(claims: Iterable[Claim]) -> list[dict[str, Any]]:
         )
         for claim in kept
     ]
+
+
+def demand_to_wire(demand: Iterable[tuple[ModelId, float]]) -> dict[str, float]:
+    """Slots by model, at most MAX_DEMAND. Full-policy: the greatest loads come first, among equals
+    by name of model; a name too long to be read anywhere is left out."""
+    told = [
+        (m, min(load, MAX_LOAD)) for m, load in demand if load > 0 and len(m) <= MAX_MODEL_CHARS
+    ]
+    return dict(sorted(told, key=lambda row: (-row[1], row[0]))[:MAX_DEMAND])
 
 
 def _short(**fields: Any) -> dict[str, Any]:

@@ -202,6 +202,7 @@ class Telling:
                 version=advert.version,
                 role=Role.CLIENT,
                 draining=advert.draining,
+                demand=advert.demand,
             )
         if self.book.put(signed.node_id, signed.version, advert, envelope):
             self._wanted.pop(signed.node_id, None)

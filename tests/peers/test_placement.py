@@ -1,4 +1,5 @@
-"""Bids and claims in adverts: what goes out comes in again, bounded, and the claims to the last."""
+"""Bids, claims and demand in adverts: what goes out comes in again, bounded, and the claims to the
+last."""
 
 from __future__ import annotations
 
@@ -19,11 +20,15 @@ from meshd.peers.picture import Standing, picture
 from meshd.peers.placement import (
     MAX_BIDS,
     MAX_CLAIMS,
+    MAX_DEMAND,
+    MAX_LOAD,
     MAX_REASON_CHARS,
     AdvertBid,
     AdvertClaim,
+    Placement,
     bids_to_wire,
     claims_to_wire,
+    demand_to_wire,
 )
 from meshd.view import (
     Bid,
@@ -45,6 +50,7 @@ A, B = NodeId("a" * 52), NodeId("b" * 52)
 M = ModelId("m")
 BID = Bid(M, 7, Suits.YES, "fits", True, 4 << 30, 16 << 30, 12, 6, 1)
 CLAIM = Claim(M, 3, ClaimState.READY, 1 << 47, "weights on disk")
+DEMAND = ((M, 2.5), (ModelId("n"), 0.25))
 
 names = st.text(min_size=1, max_size=256).map(ModelId)
 counters = st.integers(0, (1 << 53) - 1)
@@ -79,15 +85,13 @@ def view(*, models: int = 0, idle: int = 0, **said: Any) -> View:
     return View(node=node, local=others | served, **said)
 
 
-def told(
-    body: dict[str, Any], role: Role = Role.MEMBER
-) -> tuple[tuple[Bid, ...], tuple[Claim, ...]]:
-    """Bids and claims as another node's view shows them."""
+def told(body: dict[str, Any], role: Role = Role.MEMBER) -> Placement:
+    """Bids, claims and demand as another node's view shows them."""
     book = AdvertBook()
     advert = Advert.model_validate(orjson.loads(orjson.dumps({**body, "role": role.value})))
     assert book.put(A, 1, advert, {})
     _, (peer,) = picture({A: Standing(PeerState.ALIVE, ())}, book, {}, B, "two")
-    return peer.bids, peer.claims
+    return peer.bids, peer.claims, peer.demand
 
 
 @given(bids)
@@ -103,8 +107,8 @@ def test_a_claim_comes_out_as_it_went_in(claim: Claim) -> None:
 
 
 def test_other_nodes_see_them() -> None:
-    body = describe(view(bids=(BID,), claims=(CLAIM,)), "one", Role.MEMBER)
-    assert told(body) == ((BID,), (CLAIM,))
+    body = describe(view(bids=(BID,), claims=(CLAIM,), demand=DEMAND), "one", Role.MEMBER)
+    assert told(body) == ((BID,), (CLAIM,), DEMAND)
 
 
 def test_what_says_the_same_is_the_same_advert() -> None:
@@ -118,9 +122,9 @@ def test_what_says_the_same_is_the_same_advert() -> None:
 
 def test_what_an_advert_is_made_of_is_all_that_it_reads() -> None:
     """Whatever of a view is not among it may change without changing the advert."""
-    said = view(models=1, bids=(BID,), claims=(CLAIM,))
+    said = view(models=1, bids=(BID,), claims=(CLAIM,), demand=DEMAND)
     nothing = dict.fromkeys(View.__dataclass_fields__, None)
-    kept = ("node", "runtime", "devices", "local", "weights", "bids", "claims")
+    kept = ("node", "runtime", "devices", "local", "weights", "bids", "claims", "demand")
     rest: Any = SimpleNamespace(**nothing | {name: getattr(said, name) for name in kept})
     rest.node = SimpleNamespace(version=said.node.version, state=said.node.state)
     assert describe(rest, "one", Role.MEMBER) == describe(said, "one", Role.MEMBER)
@@ -131,7 +135,30 @@ def test_what_an_advert_is_made_of_is_all_that_it_reads() -> None:
 def test_a_client_neither_says_them_nor_is_believed() -> None:
     said = view(bids=(BID,), claims=(CLAIM,))
     assert not {"bids", "claims"} & describe(said, "one", Role.CLIENT).keys()
-    assert told(describe(said, "one", Role.MEMBER), Role.CLIENT) == ((), ())
+    assert told(describe(said, "one", Role.MEMBER), Role.CLIENT) == ((), (), ())
+
+
+def test_a_client_s_clients_count() -> None:
+    said = view(bids=(BID,), claims=(CLAIM,), demand=DEMAND)
+    assert told(describe(said, "one", Role.CLIENT), Role.CLIENT) == ((), (), DEMAND)
+    assert told(describe(said, "one", Role.MEMBER), Role.CLIENT) == ((), (), DEMAND)
+
+
+def test_order_and_what_is_no_load_are_no_news_of_demand() -> None:
+    again = (*reversed(DEMAND), (ModelId("idle"), 0.0))
+    assert list(demand_to_wire(again).items()) == list(demand_to_wire(DEMAND).items())
+    assert list(demand_to_wire(again)) == ["m", "n"]
+
+
+def test_of_too_much_demand_the_greatest_stays_within_what_others_read() -> None:
+    lots = [(ModelId(f"m{n}"), n + 1.0) for n in range(MAX_DEMAND)]
+    extremes = [(ModelId("x" * 257), 9.0), (ModelId("x" * 256), 1e9)]
+    wire = demand_to_wire([*lots, *extremes])
+    assert len(wire) == MAX_DEMAND
+    assert wire["x" * 256] == MAX_LOAD
+    assert "x" * 257 not in wire
+    assert "m0" not in wire
+    Advert.model_validate({**describe(view(), "one", Role.MEMBER), "demand": wire})
 
 
 def test_the_last_one_of_a_model_counts() -> None:
@@ -142,14 +169,14 @@ def test_the_last_one_of_a_model_counts() -> None:
 
 def test_they_go_with_the_advert_they_came_with() -> None:
     book = AdvertBook()
-    body = describe(view(bids=(BID,), claims=(CLAIM,)), "one", Role.MEMBER)
+    body = describe(view(bids=(BID,), claims=(CLAIM,), demand=DEMAND), "one", Role.MEMBER)
     assert book.put(A, 1, Advert.model_validate(body), {})
     assert not book.put(A, 1, Advert.model_validate({**body, "bids": []}), {})
-    assert book.placement(A) == ((BID,), (CLAIM,))
+    assert book.placement(A) == ((BID,), (CLAIM,), DEMAND)
     assert book.put(A, 2, Advert.model_validate({**body, "bids": []}), {})
-    assert book.placement(A) == ((), (CLAIM,))
+    assert book.placement(A) == ((), (CLAIM,), DEMAND)
     book.forget(A)
-    assert book.placement(A) == ((), ())
+    assert book.placement(A) == ((), (), ())
 
 
 def test_of_too_many_the_ones_that_matter_most_stay() -> None:
@@ -204,6 +231,17 @@ def test_claims_go_last_and_even_the_longest_names_fit() -> None:
     assert len(body["claims"]) >= 16
 
 
+@pytest.mark.parametrize("role", Role)
+def test_demand_makes_way_and_the_greatest_loads_go_last(role: Role) -> None:
+    lots = tuple((ModelId(f"{n:03d}" + "\1" * 253), 1.0 + n) for n in range(MAX_DEMAND))
+    body = describe(view(demand=lots, claims=(CLAIM,)), "one", role)
+    assert len(orjson.dumps(body)) <= MAX_BODY_BYTES
+    assert 0 < len(body["demand"]) < MAX_DEMAND
+    assert min(body["demand"].values()) == 1.0 + MAX_DEMAND - len(body["demand"])
+    assert ("claims" in body) == (role is Role.MEMBER)
+    Advert.model_validate(body)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -225,6 +263,15 @@ def test_claims_go_last_and_even_the_longest_names_fit() -> None:
         {"claims": [{"model": "m", "epoch": 1, "state": "king", "score": 1}]},
         {"claims": [{"model": "m", "epoch": 1, "state": "failed", "score": 1, "retry_in_s": -1}]},
         {"claims": [{"model": "m", "epoch": 1, "state": "ready", "score": 1}] * (MAX_CLAIMS + 1)},
+        {"demand": [["m", 1.0]]},
+        {"demand": {"": 1.0}},
+        {"demand": {"m" * 257: 1.0}},
+        {"demand": {"m": -0.5}},
+        {"demand": {"m": 65_536.5}},
+        {"demand": {"m": float("nan")}},
+        {"demand": {"m": "1"}},
+        {"demand": {"m": None}},
+        {"demand": {f"m{n}": 1.0 for n in range(MAX_DEMAND + 1)}},
     ],
 )
 def test_malformed_ones_are_refused(change: dict[str, Any]) -> None:

@@ -344,6 +344,14 @@ async def test_a_client_s_capacity_is_not_believed(make: Maker) -> None:
         await a.session.connect(target, lambda: EchoBack(""))
 
 
+async def test_what_a_client_s_clients_ask_for_is_heard(make: Maker) -> None:
+    a = await make("a")
+    b = await make("b", a, Role.CLIENT)
+    demand = ((ModelId("m"), 1.5),)
+    b.board.publish(replace(b.board.current, demand=demand))
+    await a.until(lambda: (peer := a.peer(b)) is not None and peer.demand == demand, "demand")
+
+
 async def test_a_death_that_is_a_lie_is_refuted(make: Maker) -> None:
     a = await make("a")
     b, c = await make("b", a), await make("c", a)
