@@ -122,6 +122,16 @@ async def test_a_model_on_its_way_elsewhere_is_waited_for(api: Api) -> None:
     assert await said(api) == (503, "node_draining")
 
 
+async def test_other_nodes_are_told_of_the_draining_whoever_else_is_coming(pair: Pair) -> None:
+    pair.host.drain_by_hand()
+    pair.host.publish()
+    (model,) = peer_view("b", "i-b").models
+    loading = replace(model, state=ModelState.LOADING, instance=None)
+    pair.host.publish_peers(replace(peer_view("b"), models=(loading,)))
+    assert await said(pair.host) == (503, "model_loading")
+    assert await said(pair.entry) == (503, "node_draining")
+
+
 async def test_what_nobody_should_serve_is_not_the_drainings_fault(api: Api) -> None:
     deploy(api, removed=True)
     api.publish()

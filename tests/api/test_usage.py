@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
+from meshd.api.pool import ProtocolFactory
 from meshd.ids import ModelId
 from meshd.view import ModelState, ModelView
 from tests.api.conftest import Starter
@@ -165,6 +166,30 @@ async def test_what_the_host_says_it_queued_is_no_service(
     entry.publish_peers(peer_view("host", "i1"))
     assert (await entry.ask(request(CHAT))).status == 200
     assert told.service_s == pytest.approx([4.0], abs=1.0)
+
+
+async def test_a_client_that_leaves_before_the_next_engine_was_asked_is_not_answered(
+    start_api: Starter, links: Links, told: Told
+) -> None:
+    entry = await start_api(name="entry", connect_remote=links.connect, usage=told)
+    dialled = asyncio.Event()
+
+    async def never(factory: ProtocolFactory) -> asyncio.Protocol:
+        dialled.set()
+        return await asyncio.Future()
+
+    async def script(connection: EngineConnection, head: bytes, body: bytes) -> None:
+        connection.reset()
+
+    entry.engine.script = script
+    links.add("b", never)
+    entry.publish_peers(peer_view("b", "i-b", free=0))
+    client = await entry.connect()
+    await client.send(request(CHAT))
+    await dialled.wait()
+    client.close()
+    await eventually(lambda: entry.server.inflight_total() == 0)
+    assert told.counts == {"asked": 1, "began": 1, "ended": 1}
 
 
 async def test_an_exact_name_counts_as_the_plain_one(api: Api, told: Told) -> None:
