@@ -104,6 +104,21 @@ class Preparer:
         name = model_id(ref, self._catalog_for(ref))
         return name, format_ref(parsed) if isinstance(parsed, HubRef) else ref
 
+    def here(self, ref: str) -> str | None:
+        """None if this node could use what `ref` names, else why not: what is the hub's can be
+        fetched, a local file has to be there. Blocking: it is looked for, and not into it."""
+        try:
+            parsed = parse_ref(ref, self._catalog_for(ref))
+            if not isinstance(parsed, FileRef) or parsed.path.is_file():
+                return None
+        except MeshdError as error:
+            return error.message
+        except OSError as error:
+            return f"{ref} cannot be looked at on this machine: {error.strerror}"
+        if hub_ref_of(parsed.path, self.store.places.hub) is not None:
+            return None
+        return f"{parsed.path} is not on this machine"
+
     def _catalog_for(self, ref: str) -> Catalog | None:
         return None if ref == BUILTIN or "/" in ref else self._catalog()
 
@@ -152,7 +167,7 @@ class Preparer:
     async def _make_whole(
         self, name: str, wanted: HubRef, moved: Moved, told: Told, newest: bool
     ) -> tuple[SetVerdict, Manifest]:
-        manifest = await self._pool.run(self._known, wanted)
+        manifest = await self._pool.run(self.known, wanted)
         verdict = None
         if manifest is not None:
             verdict = await self.examine(manifest, moved)  # 2, 3
@@ -167,8 +182,8 @@ class Preparer:
             raise verdict.to_error(_repair(wanted))
         return verdict, manifest
 
-    def _known(self, wanted: HubRef) -> Manifest | None:
-        """What `wanted` is as far as this machine knows, by us or by huggingface_hub."""
+    def known(self, wanted: HubRef) -> Manifest | None:
+        """What `wanted` is as far as this machine knows, by us or by huggingface_hub. Blocking."""
         manifests, places = self.store.manifests, self.store.places
         found = manifests.find(wanted)
         if found is None:

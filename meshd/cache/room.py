@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from meshd.cache.manifest import Manifest
 from meshd.cache.places import Places
 from meshd.cache.preparing import Preparer
-from meshd.cache.references import HubRef, format_ref
+from meshd.cache.references import BuiltinRef, FileRef, HubRef, format_ref
 from meshd.cache.store import Store
 from meshd.cache.uses import UseBook
 from meshd.cache.verifying import Moved, Verifier
@@ -28,6 +28,7 @@ from meshd.ids import ModelId
 from meshd.kernel import Pool
 from meshd.sizes import format_size, parse_size_or_share
 from meshd.view import CacheView, WeightsView
+from meshd.view.shape import ModelShape
 
 if TYPE_CHECKING:
     # Late where they are needed: models are loaded before all of this is read.
@@ -152,6 +153,30 @@ class CacheRoom:
                 await self.pool.run(self.uses.used, weights.digest, time.time())
         self.changed()
         return weights
+
+    async def shape(self, ref: str) -> ModelShape:
+        """What the memory of the model depends on, wherever its weights are; see `shaping`. Raises
+        what `prepare` raises."""
+        from meshd.cache import shaping
+
+        store, parsed = self.store, self.preparer.parse(ref)
+        if isinstance(parsed, BuiltinRef):
+            return await self.pool.run(shaping.shape_of_builtin, store)
+        if isinstance(parsed, FileRef):
+            return await self.pool.run(shaping.shape_of_local, parsed.path, store)
+        manifest = await self.pool.run(self.preparer.known, parsed)
+        if manifest is not None:
+            here = await self.pool.run(shaping.shape_of_known, manifest, store)
+            if here is not None:
+                return here
+        digest = None if manifest is None else manifest.digest
+        order = self._order(parsed, digest, manifest=manifest, headers_only=True)
+        async with await self._start(order) as fetch:
+            return await shaping.shape_told(fetch)
+
+    def here(self, ref: str) -> str | None:
+        """None if this node could use what `ref` names, else why not; see `Preparer.here`."""
+        return self.preparer.here(ref)
 
     # -- what is there ----------------------------------------------------------------------------
 

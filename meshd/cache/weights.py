@@ -125,6 +125,15 @@ def to_weights(
     )
 
 
+def headers_of(verdict: SetVerdict) -> tuple[list[GgufHeader], GgufHeader | None]:
+    """Of the shards in order, and of the projector that is given to an engine with them, if one is.
+    For a verdict that is OK, but for hashes perhaps."""
+    shards, projectors = _parts(verdict)
+    first = _header(shards[0])
+    fitting = [_header(seen) for seen in projectors if pairs(first, _header(seen)) is None]
+    return [_header(seen) for seen in shards], fitting[0] if fitting else None
+
+
 def misfit(verdict: SetVerdict) -> str | None:
     """Words on a projector of the set that is not the model's; None if there is none."""
     shards, projectors = _parts(verdict)

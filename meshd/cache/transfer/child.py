@@ -2,7 +2,7 @@
 
 1. Find out what is wanted: the order's manifest, else the hub's word, else what was resolved here
    before, else what most peers say.
-2. Fetch, verify and land every file of it.
+2. Fetch, verify and land every file of it; or, if that is all that is asked for, say its shape.
 3. Say how it ended: the last line is `done` or `failed`.
 
 SIGTERM ends it as killing it does: what was got is gone on from the next time.
@@ -14,6 +14,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -26,6 +27,7 @@ from meshd.cache.manifest import Manifest, Shard
 from meshd.cache.manifests import ManifestStore
 from meshd.cache.places import Places
 from meshd.cache.references import HubRef, format_ref, parse_ref
+from meshd.cache.transfer.header_reading import HeaderReading
 from meshd.cache.transfer.hub_source import HubFile
 from meshd.cache.transfer.peer_source import ask_manifests
 from meshd.cache.transfer.pull import Pull
@@ -39,6 +41,7 @@ from meshd.cache.transfer.words import (
     PeerSource,
     Resolved,
     Said,
+    Shape,
 )
 from meshd.errors import (
     BadReference,
@@ -91,14 +94,14 @@ class _Errand:
         self._tell = tell
         self._open_stream = dial(order.credentials) if order.credentials is not None else None
         self._places = Places(Path(order.hub_dir), Path(order.state_dir), Path(order.builtin_dir))
-        self._pull: Pull | None = None
+        self._work: Pull | HeaderReading | None = None
         self._stopped = False
 
     def stop(self) -> None:
         """From a signal's handler."""
         self._stopped = True
-        if self._pull is not None:
-            self._pull.stop()
+        if self._work is not None:
+            self._work.stop()
 
     def run(self) -> int:
         try:
@@ -126,6 +129,8 @@ class _Errand:
             self._tell(Resolved(manifest=manifest))
             if self._order.resolve_only:
                 return Done(fetched_bytes=0)
+            if self._order.headers_only:
+                return self._read_headers(manifest)
             sources = self._fetch(manifest)
             landing.name_branch(self._places, manifest, newest=newest)
         except OSError as error:  # of small files; those of weights are told apart where they occur
@@ -134,15 +139,12 @@ class _Errand:
         return Done(fetched_bytes=sum(sources.values()), sources=sources)
 
     def _fetch(self, manifest: Manifest) -> dict[str, int]:
-        files: dict[str, HubFile] = {
-            shard.sha256: HubFile(manifest, shard, stall_s=self._order.stall_s, translate=translate)
-            for shard in manifest.files
-        }
+        files = {shard.sha256: self._hub_file(manifest, shard) for shard in manifest.files}
 
         def file_of(shard: Shard) -> HubFile:
             return files[shard.sha256]
 
-        self._pull = Pull(
+        self._work = work = Pull(
             self._order,
             manifest,
             hub=None if self._is_offline() else file_of,
@@ -151,7 +153,23 @@ class _Errand:
         )
         if self._stopped:
             raise Stopped
-        return self._pull.run()
+        return work.run()
+
+    def _read_headers(self, manifest: Manifest) -> Done:
+        self._work = work = HeaderReading(
+            self._order,
+            manifest,
+            hub=None if self._is_offline() else partial(self._hub_file, manifest),
+            open_stream=self._open_stream,
+        )
+        if self._stopped:
+            raise Stopped
+        shape, sources = work.run()
+        self._tell(Shape(shape=shape.to_json().decode()))
+        return Done(fetched_bytes=sum(sources.values()), sources=sources)
+
+    def _hub_file(self, manifest: Manifest, shard: Shard) -> HubFile:
+        return HubFile(manifest, shard, stall_s=self._order.stall_s, translate=translate)
 
     # -- what is wanted ---------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ that goes on never gets anywhere. Imports huggingface_hub, hence only in the fet
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -56,19 +57,35 @@ class HubFile:
 
         Raises HubRefused, HubUnavailable; what was delivered by then counts.
         """
+        start = span.first * CHUNK_BYTES
+        stop = min(start + span.count * CHUNK_BYTES, self._shard.size)
+        with self._range(start, stop) as pieces:
+            self._read(pieces, span, buffer, deliver)
+
+    def read_range(self, start: int, stop: int) -> bytes:
+        """The bytes from `start` to before `stop`. Raises HubRefused, HubUnavailable."""
+        data = bytearray()
+        with self._range(start, stop) as pieces:
+            for piece in pieces:
+                data += piece[: stop - start - len(data)]
+                if len(data) == stop - start:
+                    return bytes(data)
+            raise self._ended_early()
+
+    @contextlib.contextmanager
+    def _range(self, start: int, stop: int) -> Iterator[Iterator[bytes]]:
+        """The bytes of that range, piece by piece; perhaps too few, or too many."""
         location = self._locate()
         try:
-            self._fetch_from(location, span, buffer, deliver)
+            with self._range_at(location, start, stop) as pieces:
+                yield pieces
         except MeshdError:
             # Its signature may have run out, or the host it leads to is ill: ask where to go.
             self._forget(location)
             raise
 
-    def _fetch_from(
-        self, location: _Location, span: Span, buffer: memoryview, deliver: Deliver
-    ) -> None:
-        start = span.first * CHUNK_BYTES
-        stop = min(start + span.count * CHUNK_BYTES, self._shard.size)
+    @contextlib.contextmanager
+    def _range_at(self, location: _Location, start: int, stop: int) -> Iterator[Iterator[bytes]]:
         headers = location.headers | {"Range": f"bytes={start}-{stop - 1}"}
         try:
             # A silence of `stall_s` ends it; huggingface_hub's own limit is for whole downloads.
@@ -78,7 +95,7 @@ class HubFile:
             ) as response:
                 hf_raise_for_status(response)
                 self._check_range(response, start, stop)
-                self._read(response.iter_raw(), span, buffer, deliver)
+                yield response.iter_raw()
         except MeshdError:
             raise
         except Exception as error:  # its kinds are those of whatever client it uses
@@ -102,7 +119,10 @@ class HubFile:
                     return
                 index += 1
                 length, filled = chunk_span(index, self._shard.size)[1], 0
-        raise HubUnavailable(f"the hub ended {self._shard.name} too early")
+        raise self._ended_early()
+
+    def _ended_early(self) -> HubUnavailable:
+        return HubUnavailable(f"the hub ended {self._shard.name} too early")
 
     def _check_range(self, response: Any, start: int, stop: int) -> None:
         name = self._shard.name

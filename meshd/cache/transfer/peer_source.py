@@ -76,6 +76,18 @@ class PeerFile:
         """The next bytes."""
         self._stream.read_into(buffer)
 
+    def read_range(self, start: int, stop: int) -> bytes:
+        """Bytes of a file that is `whole`, at most MAX_READ_BYTES; with nothing sent ahead. Raises
+        PeerRefused if it is not there any more."""
+        self._stream.send({"t": "read", "offset": start, "length": stop - start})
+        answer = self._stream.receive()
+        if answer.get("t") == "refused":
+            raise PeerRefused(f"{self._shard.name} is not there any more", reason="not_there")
+        _check(answer, "data", stop - start)
+        data = bytearray(stop - start)
+        self._stream.read_into(memoryview(data))
+        return bytes(data)
+
     def close(self) -> None:
         self._stream.close()
 

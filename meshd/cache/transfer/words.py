@@ -23,6 +23,7 @@ from typing import Annotated, Any, Final, Literal, Protocol, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field
 
 from meshd.cache.manifest import Manifest
+from meshd.view.shape import MAX_JSON_BYTES
 
 MAX_READ_BYTES: Final = 64 * 1024 * 1024
 
@@ -65,6 +66,8 @@ class FetchOrder(_Word):
     damaged: tuple[str, ...] = ()
     """sha256 of blobs that are there and wrong: they are set aside and mended."""
     resolve_only: bool = False
+    headers_only: bool = False
+    """Say what shape the model has, and bring nothing to the disk."""
     offline: bool = False
     """Ask peers only."""
     peers: tuple[PeerSource, ...] = ()
@@ -85,6 +88,14 @@ class Resolved(_Word):
 
     t: Literal["resolved"] = "resolved"
     manifest: Manifest
+
+
+class Shape(_Word):
+    """What was asked for with `headers_only`."""
+
+    t: Literal["shape"] = "shape"
+    shape: Annotated[str, Field(max_length=MAX_JSON_BYTES)]
+    """JSON of a `view.shape.ModelShape`."""
 
 
 class Progress(_Word):
@@ -110,7 +121,7 @@ class Said(_Word):
 
 
 class Done(_Word):
-    """Everything of the manifest is on disk, verified, linked."""
+    """Everything of the manifest is on disk, verified, linked; or everything asked for is said."""
 
     t: Literal["done"] = "done"
     fetched_bytes: int
@@ -131,7 +142,7 @@ class FetchFailed(_Word):
 
 
 News: TypeAlias = Annotated[
-    Resolved | Progress | Said | Done | FetchFailed, Field(discriminator="t")
+    Resolved | Shape | Progress | Said | Done | FetchFailed, Field(discriminator="t")
 ]
 
 
