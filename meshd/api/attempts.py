@@ -11,13 +11,24 @@ from typing import TYPE_CHECKING, Final
 
 from meshd.api import refusals
 from meshd.api.breaker import Fault
-from meshd.api.route import NOTHING, Ambiguous, Broken, Failed, NotFound, NotReady, Route
+from meshd.api.route import (
+    NOTHING,
+    Ambiguous,
+    Broken,
+    Failed,
+    NotFound,
+    NotReady,
+    Route,
+    on_its_way,
+)
 from meshd.api.upstream import Upstream
 from meshd.errors import MeshdError, UpstreamFailed, UpstreamTimeout
+from meshd.ids import ModelId
 from meshd.view import Target
 
 if TYPE_CHECKING:
     from meshd.api.relay import Relay
+    from meshd.api.usage import Usage
 
 MAX_RETRIES: Final = 2
 HEALTHY_REFUSALS: Final = frozenset((429, 503))
@@ -149,6 +160,18 @@ class Attempts:
         if self.from_peer and isinstance(outcome, NotFound):
             return refusals.not_here(self.model)
         return refusals.of_route(self.model, outcome)
+
+    def _tell_asked(self, usage: Usage, outcome: Route) -> Route:
+        """Tell that a client asked for the model. Where the request goes after that: a model that
+        was missing may be on its way."""
+        relay = self.relay
+        if isinstance(outcome, NotFound) and usage.missing(self.model):
+            self.model = relay.known_as(self.model, own=False)
+            outcome = relay.route(self.model)
+            if isinstance(outcome, NotFound):  # a request that begins while a view is delivered
+                outcome = on_its_way(ModelId(self.model))
+        relay.asked(self.model)
+        return outcome
 
     def _attempt(self, target: Target) -> None:
         relay = self.relay

@@ -43,7 +43,7 @@ from meshd.api.responses import (
     error_bytes,
     error_event,
 )
-from meshd.api.route import NotFound, NotReady
+from meshd.api.route import NotReady
 from meshd.api.upstream import DechunkingUpstream, Upstream
 from meshd.errors import MeshdError, UpstreamFailed
 from meshd.view import Target
@@ -145,10 +145,7 @@ class Exchange(Attempts):
             return
         outcome = relay.route(self.model, own=self.from_peer)
         if relay.usage is not None and not self.from_peer:
-            if isinstance(outcome, NotFound) and relay.usage.missing(self.model):
-                self.model = relay.known_as(name, own=False)
-                outcome = relay.route(self.model)
-            relay.asked(self.model)
+            outcome = self._tell_asked(relay.usage, outcome)
         if isinstance(outcome, Target):
             if outcome.local and outcome.model in relay.withdrawn:
                 self._refuse(refusals.withdrawn())

@@ -1,4 +1,4 @@
-"""What exchanges share: the view, admission, pools of connections, and who is in flight where."""
+"""What exchanges share: the view, admission, pools of connections, and the counts of flights."""
 
 from __future__ import annotations
 
@@ -28,14 +28,7 @@ from meshd.config import ApiSettings
 from meshd.ids import InstanceId, ModelId, NodeId
 from meshd.kernel import Clock, FlightRecorder
 from meshd.kernel.machine import Tick
-from meshd.view import (
-    ModelState,
-    ModelView,
-    PeerState,
-    Target,
-    View,
-    exact_name,
-)
+from meshd.view import ModelState, ModelView, PeerState, Target, View, exact_name
 
 Capacity = int | Refusal | None
 """Slots, or why there is no queue, or None: not ready."""

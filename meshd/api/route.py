@@ -120,6 +120,11 @@ def route(
     )
 
 
+def on_its_way(model: ModelId) -> NotReady:
+    """For a model that the next view will have."""
+    return NotReady(model, ModelState.WAITING, None, None, DEFAULT_RETRY_AFTER_S)
+
+
 def find(name: str, models: Mapping[ModelId, ModelView]) -> ModelView | None:
     """The model called `name`, which may be exact (`NAME@DIGITS`) where the name alone would do."""
     model = models.get(ModelId(name))

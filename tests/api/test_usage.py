@@ -32,11 +32,13 @@ WAITING = model_view(state=ModelState.WAITING, reason="nobody has the memory")
 
 @dataclass
 class Told:
-    """A `Usage` that keeps what it hears. `becomes`: what a missing model is published as."""
+    """A `Usage` that keeps what it hears. `becomes`: what a missing model is published as, with the
+    next view only if `late`."""
 
     heard: list[tuple[str, str]] = field(default_factory=list)
     service_s: list[float] = field(default_factory=list)
     becomes: ModelState | None = None
+    late: bool = False
     api: Api | None = None
 
     def asked(self, model: ModelId) -> None:
@@ -57,7 +59,8 @@ class Told:
         if self.becomes is None:
             return False
         assert self.api is not None
-        self.api.publish(model_view(name=name, state=self.becomes, reason="on its way"))
+        if not self.late:
+            self.api.publish(model_view(name=name, state=self.becomes, reason="on its way"))
         return True
 
     @property
@@ -234,6 +237,21 @@ async def test_a_model_asleep_wakes_for_a_request_that_waits(api: Api, told: Tol
         ("missing", "m"),
         *((what, "m") for what in ("asked", "began", "answered", "ended")),
     ]
+
+
+async def test_a_request_that_begins_while_a_view_is_delivered_waits_for_the_next(
+    api: Api, told: Told
+) -> None:
+    api.publish()
+    told.becomes, told.late = ModelState.LOADING, True
+    answer = await api.ask(request(CHAT))
+    assert (answer.status, answer.code) == (503, "model_loading")
+    client = await api.connect()
+    await client.send(request(CHAT, "/v1/chat/completions", "X-Meshd-Wait-S: 30"))
+    await eventually(lambda: told.counts["missing"] == 2)
+    api.publish(model_view(state=ModelState.LOADING))
+    api.ready()
+    assert (await client.answer()).status == 200
 
 
 @pytest.mark.parametrize("model", [WAITING, model_view(state=ModelState.FAILED)])
