@@ -35,7 +35,9 @@ def test_status_and_models(daemon: Daemon) -> None:
     assert f"http://127.0.0.1:{daemon.port}/v1" in text
     assert "builtin" in text
     status = json.loads(meshd("status", *at, "--json").stdout)
-    assert set(status) == {"node", "mesh", "runtime", "devices", "peers", "models", "cache"}
+    assert set(status) == {
+        *("node", "mesh", "runtime", "devices", "peers", "models", "deployments", "cache")
+    }
     node = status["node"]
     assert (node["name"], node["state"], node["role"]) == ("testnode", "ready", "member")
     assert len(node["id"]) == 52
