@@ -76,6 +76,8 @@ class Judge:
         self._known_since: dict[tuple[int, int, ModelId, tuple[int, NodeId]], float] = {}
         self.known: dict[tuple[int, int, ModelId], int] = {}
         """The highest epoch that a run of a node was shown."""
+        self.rivals: dict[tuple[int, int, ModelId], int] = {}
+        """The same of claims that had not failed."""
         self._served: dict[tuple[int, ModelId, int], int] = {}
 
     def started(self, station: Station) -> None:
@@ -225,6 +227,8 @@ class Judge:
             for model, claim in other.claims.items():
                 key = (station.index, station.boot, model)
                 self.known[key] = max(self.known.get(key, 0), claim.epoch)
+                if claim.state is not ClaimState.FAILED:
+                    self.rivals[key] = max(self.rivals.get(key, 0), claim.epoch)
 
     def _note_mute(self, station: Station) -> None:
         seen = {other.node: other for other in station.seen}
@@ -336,9 +340,12 @@ def _misplaced(
             ready.append(station.name)
             if may and options(station.engines.running[model].deployment) != options(record):
                 found.append(f"{station.name} serves {model} with other options")
-            seen = judge.known.get((station.index, station.boot, model), 0)
-            if may and wanted == 1 and claim.epoch < seen:
-                found.append(f"{station.name} stands with {claim}, and epoch {seen} was served")
+            key = station.index, station.boot, model
+            seen, rival = judge.known.get(key, 0), judge.rivals.get(key, 0)
+            if may and wanted == 1 and (claim.epoch < seen or claim.epoch <= rival):
+                found.append(
+                    f"{station.name} stands with {claim}, and epoch {max(seen, rival)} was served"
+                )
         elif doomed:
             pass
         elif claim is not None:

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from meshd.election.deployments import DeploymentBook, Rejected, Written
 from meshd.election.election import Election
+from meshd.election.hosted import Phase
 from meshd.election.words import (
     CapacityMeasured,
     DemandMoved,
@@ -185,7 +186,8 @@ class Station:
 
     def ignores(self, model: ModelId) -> bool:
         """It never finds that it is its turn, unless it hosts it already."""
-        return model in self.mute and not self.machine.ledger.holds(model)
+        hosted = self.machine.hosted.get(model)
+        return model in self.mute and (hosted is None or hosted.phase is Phase.FAILED)
 
     def heard(self, index: int, word: Word) -> bool:
         """Whether that was news."""

@@ -118,6 +118,7 @@ class Troubles:
         for field in ("slow", "fail", "crash", "swell"):
             setattr(world.luck, field, 0.0)
         world.paths = Paths()
+        self.demand = dict(self.demand)
         for station in world.stations:
             station.demands(self.demand, set())
             if not station.up and self.chance.random() < 0.7:
@@ -253,13 +254,14 @@ class Troubles:
         for station in self.world.stations:
             busy = {m for m in self.models if self.chance.random() < 0.3}
             self.world.agenda.after(
-                self.chance.uniform(0.0, 3.0), self._demander(station, dict(self.demand), busy)
+                self.chance.uniform(0.0, 3.0), self._demander(station, self.demand, busy)
             )
 
     def _demander(
         self, station: Station, demand: dict[ModelId, int], busy: set[ModelId]
     ) -> Callable[[], None]:
-        return lambda: station.demands(demand, busy)
+        """Unless something newer was said by then."""
+        return lambda: station.demands(demand, busy) if demand is self.demand else None
 
 
 def play(seed: int, size: int) -> Outcome:
