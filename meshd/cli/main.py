@@ -18,6 +18,7 @@ COMMANDS = {
     "peers": "meshd.cli.mesh:peers",
     "models": "meshd.cli.show:models",
     "gpus": "meshd.cli.gpus:gpus",
+    "plan": "meshd.cli.plan:plan",
     "load": "meshd.cli.models:load",
     "unload": "meshd.cli.models:unload",
     "invite": "meshd.cli.mesh:invite",

@@ -13,7 +13,36 @@ from meshd.errors import BadConfig, BadInvite, ProtocolError
 
 
 @click.command()
-@click.option("--model", multiple=True, metavar="REF", help="Load this model; may be repeated.")
+@click.option(
+    "--model",
+    multiple=True,
+    metavar="REF",
+    help="Have the mesh serve this model, on whichever node suits best; may be repeated.",
+)
+@click.option(
+    "--auto",
+    is_flag=True,
+    default=None,
+    help="Choose a model of the catalog that fits, if the mesh serves none.",
+)
+@click.option(
+    "--on-demand",
+    is_flag=True,
+    default=None,
+    help="Load a model that lies on some node's disk when a request names it.",
+)
+@click.option(
+    "--idle-unload",
+    "idle_unload_s",
+    type=float,
+    metavar="SECONDS",
+    help="Unload what nobody asked for this long, until it is asked for again (default: never).",
+)
+@click.option(
+    "--max-vram",
+    metavar="SIZE",
+    help="Memory that models may take on this node, such as 40GiB (default: what is free).",
+)
 @click.option(
     "--join",
     multiple=True,

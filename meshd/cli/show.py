@@ -70,7 +70,7 @@ def status(data_dir: Path | None, as_json: bool) -> int:
 @data_dir_option
 @json_option
 def models(data_dir: Path | None, as_json: bool) -> int:
-    """The models this node knows, and their states."""
+    """The models of the mesh, which nodes host them, and what the others wait for."""
     answer = admin(data_dir).get("/status")["models"]
     if as_json:
         print_json(answer)
@@ -95,7 +95,7 @@ def _print_models(out: Any, answer: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("MODEL", "STATE", "SLOTS", "CONTEXT", "WHY / REF"):
+    for heading in ("MODEL", "STATE", "HOSTS", "SLOTS", "CONTEXT", "WHY / REF"):
         table.add_column(heading, overflow="fold")
     for model in answer:
         hosts = model["hosts"]
@@ -105,8 +105,15 @@ def _print_models(out: Any, answer: list[dict[str, Any]]) -> None:
         table.add_row(
             escape(model["id"]),
             model["state"] + progress,
+            escape(", ".join(map(_host, hosts)) or "-"),
             slots if hosts else "-",
             str(context or "-"),
             escape(model["reason"] or model["ref"]),
         )
     out.print(table)
+
+
+def _host(host: dict[str, Any]) -> str:
+    """Its name, and its state if it does not serve."""
+    name = str(host["node"])
+    return name if host["state"] == "ready" else f"{name} ({host['state']})"

@@ -59,9 +59,30 @@ def test_flags_that_were_not_given_leave_the_environment_alone(
     assert config.advertise == ("a.example:1",)
 
 
+def test_flags_of_placement(started: list[Config]) -> None:
+    flags = ("--auto", "--on-demand", "--idle-unload", "900", "--max-vram", "40GiB")
+    assert run("--model", "builtin", *flags) == 0
+    (config,) = started
+    assert (config.model, config.auto, config.on_demand) == (("builtin",), True, True)
+    assert (config.idle_unload_s, config.max_vram) == (900.0, "40GiB")
+
+
+def test_placement_can_be_configured_without_flags(started: list[Config], tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(
+        'auto = true\non_demand = true\nidle_unload_s = 60\nmax_vram = "8GB"\n'
+    )
+    assert run() == 0
+    (config,) = started
+    assert (config.auto, config.on_demand) == (True, True)
+    assert (config.idle_unload_s, config.max_vram) == (60.0, "8GB")
+
+
 def test_what_cannot_work_starts_nothing(started: list[Config]) -> None:
     assert run("--join", "meshd1-cutoff") == 78
     assert run("--mesh", "with space") == 78
     assert run("--peer-listen", "9338") == 78
     assert run("--join") == 2
+    assert run("--idle-unload", "9") == 78
+    assert run("--idle-unload", "soon") == 2
+    assert run("--max-vram", "plenty") == 78
     assert started == []
