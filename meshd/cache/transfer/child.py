@@ -130,7 +130,8 @@ class _Errand:
             if self._order.resolve_only:
                 return Done(fetched_bytes=0)
             if self._order.headers_only:
-                return self._read_headers(manifest)
+                reached = newest or self._order.manifest is not None
+                return self._read_headers(manifest, ask_hub=reached and not self._is_offline())
             sources = self._fetch(manifest)
             landing.name_branch(self._places, manifest, newest=newest)
         except OSError as error:  # of small files; those of weights are told apart where they occur
@@ -155,11 +156,11 @@ class _Errand:
             raise Stopped
         return work.run()
 
-    def _read_headers(self, manifest: Manifest) -> Done:
+    def _read_headers(self, manifest: Manifest, *, ask_hub: bool) -> Done:
         self._work = work = HeaderReading(
             self._order,
             manifest,
-            hub=None if self._is_offline() else partial(self._hub_file, manifest),
+            hub=partial(self._hub_file, manifest) if ask_hub else None,
             open_stream=self._open_stream,
         )
         if self._stopped:

@@ -20,6 +20,7 @@ from meshd.cache.gguf_cursor import GgufError, NeedMore, Walks
 from meshd.cache.gguf_header import GgufHeader, parse_header
 from meshd.cache.hashes import Stopped
 from meshd.cache.manifest import Manifest, Shard
+from meshd.cache.observe import MAX_HEADER_BYTES
 from meshd.cache.pairing import pairs
 from meshd.cache.shape import shape_of
 from meshd.cache.transfer.pace import Backoff
@@ -33,7 +34,6 @@ FIRST_BYTES: Final = 1024 * 1024
 """Read at first of a file that has metadata; as much again each time that it was not enough."""
 LATER_FIRST_BYTES: Final = 64 * 1024
 """The same of later shards, which have little but the extents of their tensors."""
-MAX_HEADER_BYTES: Final = 64 * 1024 * 1024
 PEERS_BEFORE_HUB: Final = 2
 """Asking one that is gone costs seconds, and has to end."""
 
@@ -54,7 +54,7 @@ class HeaderReading:
         hub: Callable[[Shard], Readable] | None,
         open_stream: OpenStream | None,
     ) -> None:
-        """`hub`: a file as the hub has it; None if it is not asked."""
+        """`hub`: a file as the hub has it; None if it cannot be asked."""
         self._workers = order.workers
         self._manifest = manifest
         self._hub = hub
@@ -90,7 +90,7 @@ class HeaderReading:
         for peer in peers[:PEERS_BEFORE_HUB]:  # 1
             if (header := self._from_peer(peer, shard)) is not None:
                 return header
-        why = HubUnavailable(f"no other node has {shard.name}, and the hub is not asked (offline)")
+        why = HubUnavailable(f"no other node has {shard.name}, and the hub cannot be asked")
         if self._hub is not None:
             try:
                 return self._from_hub(self._hub(shard), shard)

@@ -35,7 +35,7 @@ from tests.cache.transfer.world import (
     places_in,
     sha256,
 )
-from tests.hub import LocalHub, Reset, Slow, Status
+from tests.hub import LocalHub, Reset, Slow, Stage, Status
 
 MIB = 1024 * 1024
 SET = ("Name-Q4_K_M-00001-of-00003.gguf", "Name-Q4_K_M-00002-of-00003.gguf",
@@ -227,6 +227,16 @@ def test_nodes_that_fail_are_left_and_the_hub_is_asked(
     assert shape_in(news) == shape_of([parse_header(model, len(model))])
     assert "hub" in done(news).sources
     assert (dying.opened, lying.opened, never.opened) == (1, 1, 0)
+
+
+def test_a_hub_that_was_just_away_is_not_waited_for(
+    hub: LocalHub, tmp_path: Path, shards: dict[str, bytes]
+) -> None:
+    hub.faults.add("info", Status(503), times=1, stage=Stage.API)
+    others = [Neighbour(name) for name in ("ada", "bob", "cid")]
+    news = read(tmp_path / "home", None, *others, holder(tmp_path, "dan", shards))
+    assert shape_in(news) == shape_of(headers(shards))
+    assert [request.stage for request in hub.requests] == [Stage.API]
 
 
 def test_nobody_has_it(tmp_path: Path, shards: dict[str, bytes]) -> None:
