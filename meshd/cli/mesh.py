@@ -127,12 +127,13 @@ def leave(data_dir: Path | None, as_json: bool) -> int:
 @data_dir_option
 @json_option
 def drain(data_dir: Path | None, as_json: bool) -> int:
-    """Take no new requests on this node's engines; those in flight finish."""
+    """Hand this node's models over to others and host none: each is served here until another node
+    is ready or none can be, and requests in flight finish."""
     answer = admin(data_dir).post("/drain", {})
     if as_json:
         print_json(answer)
     else:
-        click.echo("draining: new requests go to other nodes; `meshd undrain` takes it back")
+        click.echo("draining: other nodes take its models over; `meshd undrain` takes it back")
     return 0
 
 
@@ -140,7 +141,7 @@ def drain(data_dir: Path | None, as_json: bool) -> int:
 @data_dir_option
 @json_option
 def undrain(data_dir: Path | None, as_json: bool) -> int:
-    """Take requests again after `meshd drain`."""
+    """Host models and take requests again after `meshd drain`."""
     answer = admin(data_dir).post("/undrain", {})
     if as_json:
         print_json(answer)

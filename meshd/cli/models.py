@@ -20,7 +20,7 @@ from meshd.cli.words import count_of_hosts
     "--replicas",
     type=count_of_hosts,
     metavar="N|auto",
-    help="How many nodes are to host it (default 1); auto: as many as it is asked for.",
+    help="How many nodes are to host it (default: as before, else 1); auto: as demand has it.",
 )
 @click.option(
     "--host",

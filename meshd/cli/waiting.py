@@ -91,7 +91,7 @@ def _model(status: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _is_deployed(status: dict[str, Any], name: str) -> bool:
     """Whether it is only that no node has taken it up yet."""
-    return any(record["model"] == name for record in status.get("deployments", ()))
+    return any(record["model"] == name for record in status["deployments"])
 
 
 def _check_prospects(
