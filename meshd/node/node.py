@@ -74,6 +74,8 @@ class Node:
             recorder=self._recorder,
             metrics=self._rooms.counts,
             connect_remote=self._rooms.connect_remote,
+            usage=self._rooms.usage,
+            plan=self._rooms.usage.plan,
         )
         host, port = api.bind()
         self._set_node(listen=f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
@@ -111,7 +113,7 @@ class Node:
         return await self._rooms.joined().leave()
 
     async def drain(self) -> dict[str, Any]:
-        """Until `undrain`: no request is served by this node's engines, those in flight finish."""
+        """Until `undrain`: its models are moved to other nodes, and it takes no others."""
         return self._drain_by_hand(NodeState.DRAINING)
 
     async def undrain(self) -> dict[str, Any]:
@@ -184,6 +186,7 @@ class Node:
     async def _shut_down(self, stack: ServiceStack, api: ApiServer) -> None:
         api.refuse_new()
         self._manager.stopping(self.config.drain_s + END_LIMIT_S)
+        self._rooms.withdraw()
         self._set_node(state=NodeState.DRAINING)
         if self._exit_code == 0:
             await self._drain(api)

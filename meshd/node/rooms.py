@@ -18,12 +18,15 @@ from meshd.errors import GpuRequired
 from meshd.ids import ModelId
 from meshd.kernel import Board, Clock, FlightRecorder, Pool, ServiceStack
 from meshd.node.survey import Survey
+from meshd.node.usage import LateUsage
 from meshd.view import Preparing, Role, Target, View
 
 if TYPE_CHECKING:
     from meshd.api import ApiServer
     from meshd.api.admin import AdminServer, MeshControls
     from meshd.cache.room import CacheRoom
+    from meshd.election.room import ElectionRoom
+    from meshd.node.placing import Placing
     from meshd.peers.lan.discovery import Discovery
     from meshd.peers.mesh import MeshService
     from meshd.peers.trust.identity import Identity
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 
 _MODEL_ROOMS = (
     "meshd.cache.room",
+    "meshd.election.room",
     "meshd.peers.trust.identity",
     "meshd.runtime.host",
     "meshd.runtime.proof.prover",
@@ -77,10 +81,13 @@ class Rooms:
         self._models: ModelHost | None = None
         self._prover: Prover | None = None
         self._mesh: MeshService | None = None
+        self._survey: Survey | None = None
+        self._placing: Placing
+        self.usage = LateUsage()
+        """Told of requests, from the first one on."""
 
     async def start(self, stack: ServiceStack, api: ApiServer, controls: MeshControls) -> None:
-        """Models that were asked for begin to load before the mesh is even imported. (A client is
-        asked for none: `MeshService.prepare` refuses that.)"""
+        """Who asks the others first must know of them: models are placed when the mesh is there."""
         config = self._config
         await self._import(_MODEL_ROOMS)
         from meshd.peers.trust.identity import load_or_create
@@ -89,31 +96,36 @@ class Rooms:
         await self._pool.run(end_orphans, config.run_dir)
         identity = await self._pool.run(load_or_create, config.data_dir)
         set_node(self._board, id=identity.node_id)
-        self._cache = await self._pool.run(self._make_cache)
-        if config.model:
-            await self._start_models(stack, api, hosts=True)
+        cache = self._cache = await self._pool.run(self._make_cache)
         await self._import(_OTHER_ROOMS)
-        mesh, discovery = self._make_mesh(api, identity)
+        self._placing = self._make_placing(cache)
+        election = self.usage.room = await self._pool.run(
+            lambda: self._placing.make(clock=self._clock, recorder=self._recorder, pool=self._pool)
+        )
+        mesh, discovery = self._make_mesh(api, identity, election)
         await self._pool.run(mesh.prepare)
         role = Role.CLIENT if mesh.client else Role.MEMBER
         set_node(self._board, peer_listen=mesh.peer_listen, role=role.value)
-        if not config.model:
-            await self._start_models(stack, api, hosts=not mesh.client)
+        await self._start_models(stack, api, election, hosts=not mesh.client)
         from meshd.cache.service import CacheService
 
-        await stack.start(CacheService(self._cache, self._board))
-        await stack.start(self._make_admin(api, controls))
-        await stack.start(mesh)
-        await stack.start(discovery)
+        await stack.start(CacheService(cache, self._board))
         assert self._prover is not None, "made with the models"
-        listing = self._prover.listing
-        await stack.start(Survey(self._config, self._board, self._pool, listing))
+        survey = Survey(self._config, self._board, self._pool, self._prover.listing)
+        self._survey = survey
+        await stack.start(survey)
+        await stack.start(mesh)
+        await stack.start(election)
+        await stack.start(self._make_admin(api, controls))
+        await stack.start(discovery)
 
     async def _import(self, modules: tuple[str, ...]) -> None:
         # In a thread, so that the API answers while all this is read from disk and compiled.
         await self._pool.run(lambda: [importlib.import_module(module) for module in modules])
 
-    async def _start_models(self, stack: ServiceStack, api: ApiServer, *, hosts: bool) -> None:
+    async def _start_models(
+        self, stack: ServiceStack, api: ApiServer, election: ElectionRoom, *, hosts: bool
+    ) -> None:
         from meshd.runtime import host
         from meshd.runtime.hosting_events import WeightFacts
         from meshd.runtime.registry import Registry
@@ -144,9 +156,10 @@ class Rooms:
                 identify=cache.identify,
                 wait_idle=api.wait_idle,
                 last_request_at=api.last_request_at,
-                always_listed=lambda: {ModelId("builtin"): "builtin"} if hosts else {},
+                always_listed=self._loadable if hosts else dict,
                 shown=prover.engine_found,
                 hosts=hosts,
+                changed=election.look_again,
             ),
             clock=self._clock,
             rng=self._rng,
@@ -154,13 +167,34 @@ class Rooms:
             pool=self._pool,
         )
         await stack.start(models)
-        for ref in config.model:
-            models.load(ref)
         if config.require_gpu:
             if not hosts:
                 raise GpuRequired("--require-gpu: a client node hosts nothing; leave it out")
             await prover.require_gpu()
         await stack.start(prover)
+
+    def _loadable(self) -> Mapping[ModelId, str]:
+        """What a request may ask for, if that is enough to load it; else what every node has."""
+        builtin = {ModelId("builtin"): "builtin"}
+        if not self._config.on_demand:
+            return builtin
+        return {**{w.model: w.ref for w in self._board.current.weights}, **builtin}
+
+    def _make_placing(self, cache: CacheRoom) -> Placing:
+        from meshd.node.placing import Placing
+
+        def models() -> ModelHost:
+            assert self._models is not None, "started before the election"
+            return self._models
+
+        return Placing(
+            self._config,
+            self._board,
+            cache,
+            models=models,
+            mesh=self.joined,
+            look_at_devices=lambda: self._survey.look_now() if self._survey else None,
+        )
 
     def _make_prover(self, registry: Registry) -> Prover:
         from meshd.cache.builtin import ensure
@@ -193,7 +227,9 @@ class Rooms:
         cache.recover()
         return cache
 
-    def _make_mesh(self, api: ApiServer, identity: Identity) -> tuple[MeshService, Discovery]:
+    def _make_mesh(
+        self, api: ApiServer, identity: Identity, election: ElectionRoom
+    ) -> tuple[MeshService, Discovery]:
         from meshd.node.neighbours import CARRIER, bulk_service
         from meshd.peers.lan.discovery import Discovery
         from meshd.peers.mesh import MeshService
@@ -217,6 +253,7 @@ class Rooms:
                 serve_api=api.peer_protocol,
                 carrier=tuple(guarded(CARRIER)),
                 serve_bulk=bulk_service(cache),
+                deployments=election.shared,
             ),
             self._pool,
             discovery,
@@ -225,24 +262,16 @@ class Rooms:
         return mesh, discovery
 
     def _make_admin(self, api: ApiServer, controls: MeshControls) -> AdminServer:
-        from meshd.api.admin import AdminServer, LoadBody, UnloadBody
+        from meshd.api.admin import AdminServer
         from meshd.cache.commanding import CacheCommander
-        from meshd.runtime.hosting_events import LoadOptions
 
-        models, cache = self._models, self._cache
-        assert models is not None, "the admin side comes after the models"
-        assert cache is not None, "and those after the cache"
-
-        async def load(body: LoadBody) -> ModelId:
-            return models.load(body.ref, LoadOptions(body.context, body.parallel))
-
-        async def unload(body: UnloadBody) -> ModelId:
-            return models.unload(body.model, body.drain_s)
-
+        cache, placing = self._cache, self._placing
+        assert cache is not None, "the admin side comes after the cache"
         return AdminServer(
             self._config.admin_socket,
-            load=load,
-            unload=unload,
+            load=placing.load,
+            unload=placing.unload,
+            plan=placing.room.desk.plan,
             status=api.status,
             recorder=self._recorder,
             mesh=controls,
@@ -261,6 +290,8 @@ class Rooms:
         received, sent = self._mesh.bulk_bytes() if self._mesh is not None else (0, 0)
         yield "meshd_bulk_bytes_total", {"direction": "in"}, received
         yield "meshd_bulk_bytes_total", {"direction": "out"}, sent
+        if self.usage.room is not None:
+            yield from self.usage.room.metrics()
 
     async def connect_remote(
         self, target: Target, make_protocol: Callable[[], asyncio.Protocol]
@@ -275,7 +306,13 @@ class Rooms:
     def overdue_s(self) -> float:
         """How long supervision of engines should have moved and did not."""
         assert self._models is not None, "started with the rooms, for clients too"
-        return self._models.overdue_s()
+        election = 0.0 if self.usage.room is None else self.usage.room.overdue_s
+        return max(self._models.overdue_s(), election)
+
+    def withdraw(self) -> None:
+        """The node is about to end: other nodes take over what it hosts."""
+        if self.usage.room is not None:
+            self.usage.room.withdraw()
 
     def close(self) -> None:
         """After every service has stopped."""

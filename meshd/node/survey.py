@@ -41,6 +41,11 @@ class Survey(Service):
         self._board = board
         self._pool = pool
         self._listing = listing
+        self._wake = asyncio.Event()
+
+    def look_now(self) -> None:
+        """Something changed that a look would show."""
+        self._wake.set()
 
     async def main(self) -> None:
         from meshd.cache.usage import read_usage
@@ -49,6 +54,7 @@ class Survey(Service):
         last = None
         self.ready.set()
         while not self.stopping.is_set():
+            self._wake.clear()
             try:
                 reading = await self._pool.run(take_reading)
                 cache = await self._pool.run(read_usage, budget=self._config.cache.budget)
@@ -61,12 +67,17 @@ class Survey(Service):
                 for change in changes(last or reading, reading):
                     log.warning("%s", told(change))
                 last = reading
-            await _wait_at_most(self.stopping, SURVEY_INTERVAL_S)
+            await self._rest()
+
+    async def _rest(self) -> None:
+        woken = self.spawn(_set(self._wake), name="wake")
+        stopping = self.spawn(_set(self.stopping), name="stop")
+        await asyncio.wait(
+            {woken, stopping}, timeout=SURVEY_INTERVAL_S, return_when=asyncio.FIRST_COMPLETED
+        )
+        woken.cancel()
+        stopping.cancel()
 
 
-async def _wait_at_most(event: asyncio.Event, seconds: float) -> None:
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        pass
+async def _set(event: asyncio.Event) -> None:
+    await event.wait()

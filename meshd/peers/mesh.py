@@ -104,6 +104,7 @@ class MeshService(Service):
         self._addresses: tuple[str, ...] = ()
         self._invites: InviteBook | None = None
         self._lifetime: set[asyncio.Task[None]] = set()
+        self._expects_others = False
 
     # -- before the start -------------------------------------------------------------------------
 
@@ -114,6 +115,7 @@ class MeshService(Service):
         """
         self._wishes = read_wishes(self._config.join)
         self._membership = self._store.load()
+        self._expects_others = self._store.had_others or bool(self._wishes.invites)
         check_wishes(self._wishes, self._membership, self._store.had_others, self._config.mesh)
         if self.client and self._config.model:
             raise BadConfig("a client node hosts no models; leave --model out", param="model")
@@ -334,6 +336,11 @@ class MeshService(Service):
         the digest of the table."""
         if self._session is not None:
             self._session.deploying.spread(models)
+
+    @property
+    def expects_others(self) -> bool:
+        """Whether the mesh is known to have other members: it was joined, or had some before."""
+        return self._expects_others
 
     def gossip_bytes(self) -> tuple[int, int]:
         return (0, 0) if self._session is None else self._session.gossip_bytes()

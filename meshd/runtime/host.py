@@ -254,7 +254,9 @@ class ModelHost(Service):
             self._post(EngineNotFound(self.engine_problem))
 
     async def _await_engine(self) -> None:
-        while not await self._look_for_engine():
+        while True:
+            if await self._look_for_engine():
+                return
             await asyncio.sleep(ENGINE_RECHECK_S)
 
     async def _look_for_engine(self) -> bool:

@@ -1,0 +1,137 @@
+"""The election's room, wired: engines, weights, drivers and the mesh are other rooms'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from meshd.ids import ModelId
+from meshd.kernel import Board, Clock, FlightRecorder, Pool
+from meshd.view import Deployment, View
+from meshd.view.shape import MemoryParts
+
+if TYPE_CHECKING:
+    from meshd.api.admin import LoadBody, UnloadBody
+    from meshd.cache.room import CacheRoom
+    from meshd.config import Config
+    from meshd.election.memory import Memory
+    from meshd.election.room import ElectionRoom
+    from meshd.peers.mesh import MeshService
+    from meshd.runtime.host import ModelHost
+
+
+class Placing:
+    """Makes the room, and is what commands ask. `models`, `mesh`: once they are there."""
+
+    def __init__(
+        self,
+        config: Config,
+        board: Board[View],
+        cache: CacheRoom,
+        *,
+        models: Callable[[], ModelHost],
+        mesh: Callable[[], MeshService],
+        look_at_devices: Callable[[], None],
+    ) -> None:
+        self._config = config
+        self._board = board
+        self._cache = cache
+        self._models = models
+        self._mesh = mesh
+        self._look_at_devices = look_at_devices
+        self._drains: dict[ModelId, float] = {}
+        """What an operator said of an unload that is on its way."""
+        self._room: ElectionRoom | None = None
+
+    @property
+    def room(self) -> ElectionRoom:
+        assert self._room is not None, "made before it is asked for"
+        return self._room
+
+    def make(self, *, clock: Clock, recorder: FlightRecorder, pool: Pool) -> ElectionRoom:
+        """Blocking: reads what earlier runs left. Raises NoSpace, OSError."""
+        from meshd.election import room
+        from meshd.election.store import ElectionStore
+        from meshd.peers.naming import resolve_node
+
+        store = ElectionStore(self._config.data_dir)
+        needs = room.Needs(
+            start=self._start,
+            stop=self._stop,
+            taken=self._taken,
+            engine=lambda: (self._models().engine_id, self._models().engine_problem),
+            shape=self._cache.shape,
+            prepare=lambda ref: self._cache.prepare(ref, lambda _: None),
+            here=self._cache.here,
+            identify=self._cache.identify,
+            find_node=lambda name: resolve_node(name, self._board.current.peers),
+            spread=lambda models: self._mesh().deployed(models),
+            expects_others=lambda: self._mesh().expects_others,
+            look_at_devices=self._look_at_devices,
+            auto=self._choose,
+        )
+        self._room = room.ElectionRoom(
+            self._config,
+            self._board,
+            needs,
+            store,
+            store.load(),
+            clock=clock,
+            recorder=recorder,
+            pool=pool,
+        )
+        return self._room
+
+    # -- commands ---------------------------------------------------------------------------------
+
+    async def load(self, body: LoadBody) -> ModelId:
+        from meshd.election.desk import Wish
+
+        return await self.room.desk.load(
+            Wish(body.ref, body.context, body.parallel, body.replicas, body.host)
+        )
+
+    async def unload(self, body: UnloadBody) -> ModelId:
+        model = self.room.desk.deployed(body.model)
+        if body.drain_s is not None:
+            self._drains[model] = body.drain_s
+        return self.room.desk.unload(body.model)
+
+    # -- orders -----------------------------------------------------------------------------------
+
+    def _start(self, deployment: Deployment, prompt_cache_bytes: int | None) -> None:
+        from meshd.runtime.hosting_events import LoadOptions
+
+        self._drains.pop(deployment.model, None)
+        self._models().load(
+            deployment.ref,
+            LoadOptions(deployment.context, deployment.parallel, prompt_cache_bytes),
+        )
+
+    def _stop(self, model: ModelId, drain: bool) -> None:
+        drain_s = self._drains.pop(model, None) if drain else 0.0
+        self._models().unload(model, drain_s)
+
+    def _taken(self, model: ModelId) -> Mapping[str, MemoryParts] | None:
+        report = self._models().taken(model)
+        return None if report is None else report.devices
+
+    def _choose(self, memory: Memory) -> str | None:
+        from meshd.cache.references import format_ref
+        from meshd.election.choice import Candidate, choose
+
+        here = {weights.model for weights in self._board.current.weights}
+        found = choose(
+            [
+                Candidate(
+                    entry.name,
+                    format_ref(entry.ref),
+                    entry.size_bytes,
+                    self._cache.identify(entry.name)[0] in here,
+                )
+                for entry in self._cache.catalog.entries
+                if entry.size_bytes is not None
+            ],
+            memory.budgets,
+        )
+        return None if found is None else found.name
