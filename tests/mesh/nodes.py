@@ -111,6 +111,15 @@ class MeshNode(Daemon):
         peer = self.peers().get(other)
         return None if peer is None else str(peer["state"])
 
+    def hosts(self, model: str, *states: str) -> dict[str, int]:
+        """Epochs by name of the nodes that, as it sees them, have the model in one of `states`
+        (any if none)."""
+        found = [h for m in self.status()["models"] if m["id"] == model for h in m["hosts"]]
+        return {h["node"]: h["epoch"] for h in found if not states or h["state"] in states}
+
+    def engine_pids(self) -> set[int]:
+        return {engine.pid for engine in self.engines()}
+
     def invite(self, **options: Any) -> str:
         token: str = self.admin.post(
             "/invite", {"ttl_s": 3600, "uses": 1, "role": "member", "issuer": False} | options

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.mesh.asking import Asker
 from tests.mesh.nodes import REACTION_S, Lan, MeshNode
 from tests.models import small_model
 
@@ -23,10 +24,11 @@ LEFT_LIMIT_S = 1.0
 @pytest.fixture
 def hosts(mock_lan: Lan, short_dir: Path) -> tuple[MeshNode, MeshNode, MeshNode]:
     """Two nodes that serve the same model, and one that only asks."""
-    path = small_model(short_dir / f"{MODEL}.gguf")
-    load = ("--model", str(path))
-    a, b, c = mock_lan.mesh("a", "b", "c", flags={"a": load, "b": load, "c": ("--client",)})
-    mock_lan.until(lambda: _hosts(c) == {"a", "b"}, timeout_s=20, what="c sees both engines")
+    a, b, c = mock_lan.mesh("a", "b", "c", flags={"c": ("--client",)})
+    a.load(str(small_model(short_dir / f"{MODEL}.gguf")), replicas=2)
+    mock_lan.until(
+        lambda: _hosts(c, "ready") == {"a", "b"}, timeout_s=20, what="c sees both engines"
+    )
     return a, b, c
 
 
@@ -97,23 +99,45 @@ def test_drain_and_undrain(mock_lan: Lan, hosts: tuple[MeshNode, MeshNode, MeshN
     assert stream.finish() == 3 * Stream.RATE_HZ
 
     assert drained.meshd("undrain").returncode == 0
-    mock_lan.until(lambda: _hosts(c, "ready") == {"a", "b"}, timeout_s=3, what="both again")
+    # It gave its model up, so it claims and loads it as any other node would.
+    mock_lan.until(lambda: _hosts(c, "ready") == {"a", "b"}, timeout_s=10, what="both again")
     assert _answers_from_both(c) == {"a", "b"}
 
 
+def test_who_drains_serves_until_another_does(mock_lan: Lan, short_dir: Path) -> None:
+    """One host is wanted, so the other node has to load first; no request is refused meanwhile."""
+    a, b = mock_lan.mesh("a", "b")
+    path = str(small_model(short_dir / f"{MODEL}.gguf"))
+    a.load(path, host="a")
+    a.wait_state(MODEL, "ready")
+    a.load(path)  # no longer pinned
+    with Asker(a, MODEL) as own, Asker(b, MODEL) as remote:
+        mock_lan.until(lambda: own.by("a") and remote.by("a"), timeout_s=10, what="a answers")
+        assert a.meshd("drain").returncode == 0
+        mock_lan.until(lambda: _hosts(a) == _hosts(b) == {"b"}, timeout_s=20, what="only b hosts")
+        since = time.monotonic()
+        mock_lan.until(
+            lambda: own.by("b", since=since) and remote.by("b", since=since),
+            timeout_s=10,
+            what="b answers",
+        )
+    assert own.failed == []
+    assert remote.failed == []
+    assert a.engines() == []
+
+
 def test_everybody_drained_says_so(mock_lan: Lan, short_dir: Path) -> None:
-    path = small_model(short_dir / f"{MODEL}.gguf")
-    a, b = mock_lan.mesh("a", "b", flags={"a": ("--model", str(path))})
-    mock_lan.until(lambda: _hosts(b, "ready") == {"a"}, timeout_s=20, what="the engine seen")
-    assert a.meshd("drain").returncode == 0
-    mock_lan.until(lambda: _hosts(b, "ready") == set(), timeout_s=3, what="seen draining")
-    status, headers, body = a.request("POST", "/v1/chat/completions", _chat())
-    assert (status, json.loads(body)["error"]["code"]) == (503, "node_draining")
-    assert "undrain" in json.loads(body)["error"]["message"]
-    assert int(headers["retry-after"]) >= 1
-    status, headers, _ = b.request("POST", "/v1/chat/completions", _chat())
-    assert status == 503
-    assert int(headers["retry-after"]) >= 1
+    a, b = mock_lan.mesh("a", "b")
+    a.load(str(small_model(short_dir / f"{MODEL}.gguf")))
+    mock_lan.until(lambda: _hosts(b, "ready"), timeout_s=20, what="the engine seen")
+    for node in (a, b):
+        assert node.meshd("drain").returncode == 0
+    mock_lan.until(lambda: _hosts(a) | _hosts(b) == set(), timeout_s=20, what="all have given up")
+    for node in (a, b):
+        status, headers, body = node.request("POST", "/v1/chat/completions", _chat())
+        assert (status, json.loads(body)["error"]["code"]) == (503, "node_draining")
+        assert "undrain" in json.loads(body)["error"]["message"]
+        assert int(headers["retry-after"]) >= 1
 
 
 # -- steps ----------------------------------------------------------------------------------------
@@ -152,9 +176,7 @@ def _chat(**more: Any) -> dict[str, Any]:
 
 
 def _hosts(node: MeshNode, *states: str) -> set[str]:
-    """The nodes that, as `node` sees it, have the model in one of `states` (any if none)."""
-    models = [m for m in node.status()["models"] if m["id"] == MODEL]
-    return {h["node"] for m in models for h in m["hosts"] if not states or h["state"] in states}
+    return set(node.hosts(MODEL, *states))
 
 
 def _answers_from_both(node: MeshNode, *, limit_s: float = 10.0) -> set[str]:

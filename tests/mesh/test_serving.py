@@ -28,8 +28,8 @@ SLOT_LIMIT_S = 1.0
 @pytest.fixture
 def hosts(engine_lan: Lan) -> tuple[MeshNode, MeshNode, MeshNode]:
     """Two nodes that serve the built-in model, and a client node."""
-    load = ("--model", MODEL)
-    a, b, c = engine_lan.mesh("a", "b", "c", flags={"a": load, "b": load, "c": ("--client",)})
+    a, b, c = engine_lan.mesh("a", "b", "c", flags={"c": ("--client",)})
+    a.load(MODEL, replicas=2)
     engine_lan.until(
         lambda: {h["node"] for h in _model(c)["hosts"] if h["state"] == "ready"} == {"a", "b"},
         timeout_s=30,
@@ -89,7 +89,7 @@ def test_the_answer_is_the_hosts_own(hosts: tuple[MeshNode, MeshNode, MeshNode])
 
 def test_a_member_without_the_model_is_an_endpoint_for_it(engine_lan: Lan) -> None:
     a, b = engine_lan.mesh("a", "b")
-    a.load(MODEL)
+    a.load(MODEL, host="a")
     engine_lan.until(lambda: _model(b)["state"] == "ready", timeout_s=30, what="b offers it")
     status, headers, _ = b.request(
         "POST", "/v1/completions", {"model": MODEL, "prompt": "1 2 3", "max_tokens": 4}

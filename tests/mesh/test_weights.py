@@ -130,7 +130,7 @@ def test_a_node_serves_what_only_another_had_on_disk(
 ) -> None:
     disks["a"].fill()
     _, b = start(engine_lan, disks, "a", "b")
-    loaded = b.meshd("load", REF)
+    loaded = b.meshd("load", REF, "--host", "b")
     assert loaded.returncode == 0, loaded.stderr
     body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
     status, headers, answer = b.request("POST", "/v1/chat/completions", body)
