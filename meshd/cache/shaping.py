@@ -1,6 +1,7 @@
 """The shape of the model that a reference names, whether its weights are here or not.
 
-1. What lies whole on this disk tells it by its headers; nothing is hashed for that.
+1. What lies whole on this disk tells it by its headers; nothing is hashed for that. What lies
+   there in part is refused, with the words that say what is wrong.
 2. Else, of a set of the hub, a child reads the headers alone, where other nodes or the hub have
    them. Only the manifest is kept of it.
 """
@@ -46,8 +47,13 @@ def shape_of_local(path: Path, store: Store) -> ModelShape:
 
 
 def shape_of_known(manifest: Manifest, store: Store) -> ModelShape | None:
-    """None if the set is not whole here, as far as that can be seen. Blocking, milliseconds."""
-    return _shape(store.look(manifest))
+    """None if nothing of the set is here. Blocking, milliseconds. Raises BrokenWeights of one that
+    is here in part, as far as that can be seen: it is to be mended first."""
+    verdict = store.look(manifest)
+    shape = _shape(verdict)
+    if shape is None and any(seen.facts is not None for seen in verdict.observations):
+        raise verdict.to_error(f"meshd cache repair {manifest.repo}")
+    return shape
 
 
 async def shape_told(news: AsyncIterable[News]) -> ModelShape:

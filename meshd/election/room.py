@@ -65,6 +65,7 @@ from meshd.view import (
     ModelView,
     NodeState,
     PeerState,
+    Preparing,
     Role,
     View,
     with_wanted,
@@ -97,8 +98,8 @@ class Needs:
     """(id of the engine, why there is none)."""
     shape: Callable[[str], Awaitable[ModelShape]]
     """Of a REF, from the headers of its weights. Raises MeshdError."""
-    prepare: Callable[[str], Awaitable[object]]
-    """Make the weights of a REF whole on this disk. Raises MeshdError."""
+    prepare: Callable[[str, Callable[[Preparing], None]], Awaitable[object]]
+    """Make the weights of a REF whole on this disk, saying how far it is. Raises MeshdError."""
     here: Callable[[str], str | None]
     """Why a REF means nothing on this machine; None if it does."""
     identify: Callable[[str], tuple[ModelId, str]]
@@ -164,7 +165,7 @@ class ElectionRoom(Service):
             clock=clock,
             spawn=lambda work: self.spawn(work, name="what a model needs"),
             found=self._shape_found,
-            failed=self.look_again,
+            changed=self.look_again,
         )
         self.desk = Desk(
             board,
@@ -579,20 +580,21 @@ class ElectionRoom(Service):
             self._board.publish(with_wanted(view, MappingProxyType(shown)))
 
     def _unknown(self, records: Iterable[Deployment]) -> Mapping[ModelId, ModelView]:
-        """Deployments of which this node found out that nobody can count them."""
+        """Deployments that nobody can count yet, as far as this node works on that."""
         found = {}
         for record in records:
-            problem = None if record.removed else self._shapes.problem(record)
-            if problem is None or record.shape is not None:
+            if record.removed or record.asleep or record.shape is not None:
                 continue
-            wait_s = problem.retry_at
-            found[record.model] = ModelView(
-                record.model,
-                record.ref,
-                ModelState.FAILED,
-                problem.words,
-                retry_after_s=None if wait_s is None else max(1.0, wait_s - self._clock.now()),
-            )
+            now, problem = self._shapes.preparing(record.model), self._shapes.problem(record)
+            look = ModelView(record.model, record.ref, ModelState.FAILED)
+            if now is not None:
+                found[record.model] = replace(
+                    look, state=now.state, reason=now.reason, progress=now.progress, fetch=now.fetch
+                )
+            elif problem is not None:
+                at = problem.retry_at
+                wait_s = None if at is None else max(1.0, at - self._clock.now())
+                found[record.model] = replace(look, reason=problem.words, retry_after_s=wait_s)
         return found
 
     def metrics(self) -> Iterable[tuple[str, Mapping[str, str], float]]:

@@ -15,7 +15,7 @@ from typing import Any, Final
 from meshd.errors import MeshdError
 from meshd.ids import ModelId
 from meshd.kernel import Clock
-from meshd.view import Deployment
+from meshd.view import Deployment, Preparing
 from meshd.view.shape import ModelShape
 
 log = logging.getLogger(__name__)
@@ -38,32 +38,37 @@ class Problem:
 
 class Shapes:
     """`find(ref)`: read it from headers, here or elsewhere; `prepare(ref)`: make the weights whole
-    here. Both raise MeshdError. `found(model, shape)`: for the record; `failed()`: news of why
-    not."""
+    here. Both raise MeshdError. `found(model, shape)`: for the record; `changed()`: news of how
+    far it is, or why it is not known."""
 
     def __init__(
         self,
         find: Callable[[str], Awaitable[ModelShape]],
-        prepare: Callable[[str], Awaitable[object]],
+        prepare: Callable[[str, Callable[[Preparing], None]], Awaitable[object]],
         *,
         clock: Clock,
         spawn: Callable[[Coroutine[Any, Any, None]], object],
         found: Callable[[ModelId, ModelShape], None],
-        failed: Callable[[], None],
+        changed: Callable[[], None],
     ) -> None:
         self.find = find
         self._prepare = prepare
         self._clock = clock
         self._spawn = spawn
         self._found = found
-        self._failed = failed
+        self._changed = changed
         self._looking: set[ModelId] = set()
         self._problems: dict[ModelId, Problem] = {}
+        self._preparing: dict[ModelId, Preparing] = {}
 
     def problem(self, deployment: Deployment) -> Problem | None:
         """Why its shape is not known here."""
         found = self._problems.get(deployment.model)
         return found if found is not None and found.stamp == deployment.stamp else None
+
+    def preparing(self, model: ModelId) -> Preparing | None:
+        """How far its weights are on their way to being whole here, if that comes first."""
+        return self._preparing.get(model)
 
     def want(self, deployment: Deployment) -> None:
         """Look for its shape, unless that is under way or was in vain a moment ago."""
@@ -82,7 +87,7 @@ class Shapes:
     async def _look(self, deployment: Deployment) -> None:
         model = deployment.model
         try:
-            shape = await self._read(deployment.ref)
+            shape = await self._read(model, deployment.ref)
         except MeshdError as error:
             before = self._problems.get(model)
             same = before is not None and before.stamp == deployment.stamp
@@ -92,19 +97,27 @@ class Shapes:
                 backoff = BACKOFF_S[min(attempts, len(BACKOFF_S)) - 1]
                 wait_s = max(wait_s or 0.0, backoff)
             retry_at = None if wait_s is None else self._clock.now() + wait_s
-            log.warning("what %s needs cannot be told: %s", model, error.message)
+            log.warning("model %s cannot be loaded: %s", model, error.message)
             self._problems[model] = Problem(deployment.stamp, error.message, attempts, retry_at)
             self._looking.discard(model)
-            self._failed()
+            self._changed()
         else:
             self._problems.pop(model, None)
             self._looking.discard(model)
             self._found(model, shape)
 
-    async def _read(self, ref: str) -> ModelShape:
+    async def _read(self, model: ModelId, ref: str) -> ModelShape:
         try:
             return await self.find(ref)
         except MeshdError as error:
             log.info("the headers of %s cannot be read: %s", ref, error.message)
-        await self._prepare(ref)
+
+        def moved(now: Preparing) -> None:
+            self._preparing[model] = now
+            self._changed()
+
+        try:
+            await self._prepare(ref, moved)
+        finally:
+            self._preparing.pop(model, None)
         return await self.find(ref)

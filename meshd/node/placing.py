@@ -61,7 +61,7 @@ class Placing:
             taken=self._taken,
             engine=lambda: (self._models().engine_id, self._models().engine_problem),
             shape=self._cache.shape,
-            prepare=lambda ref: self._cache.prepare(ref, lambda _: None),
+            prepare=self._cache.prepare,
             here=self._cache.here,
             identify=self._cache.identify,
             find_node=lambda name: resolve_node(name, self._board.current.peers),

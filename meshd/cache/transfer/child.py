@@ -162,6 +162,7 @@ class _Errand:
             manifest,
             hub=partial(self._hub_file, manifest) if ask_hub else None,
             open_stream=self._open_stream,
+            blob=lambda shard: self._places.blob(manifest.repo, shard.sha256),
         )
         if self._stopped:
             raise Stopped
