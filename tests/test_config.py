@@ -162,3 +162,6 @@ def test_hub_cache_follows_the_hubs_own_rules(monkeypatch: pytest.MonkeyPatch) -
 def test_a_client_is_given_no_models(tmp_path: Path) -> None:
     with pytest.raises(BadConfig, match="hosts no models"):
         load({"client": True, "model": ("builtin",), "data_dir": str(tmp_path)}, environ=HOME)
+    with pytest.raises(BadConfig, match="chooses no models; leave --auto out") as caught:
+        load({"client": True, "auto": True, "data_dir": str(tmp_path)}, environ=HOME)
+    assert caught.value.exit_code == 78

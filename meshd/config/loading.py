@@ -74,8 +74,7 @@ def load(
         raise BadConfig(_explain(error, sources)) from None
     config = _with_key_file(config)
     _check_ports(config)
-    if config.client and config.model:
-        raise BadConfig("a client node hosts no models; leave --model out", param="model")
+    _check_client(config)
     check_exposure(config)
     origins = {k: v for k, v in sources.items() if v != "default"}
     return Loaded(config, origins, flags or {}, file)
@@ -184,6 +183,16 @@ def _with_key_file(config: Config) -> Config:
     if len(key) < 8:
         raise BadConfig(f"`api_key_file` {config.api_key_file}: a key has at least 8 characters")
     return config.model_copy(update={"api_key": key})
+
+
+def _check_client(config: Config) -> None:
+    """A client writes no deployments: what it was started with would be forgotten silently."""
+    if not config.client:
+        return
+    if config.model:
+        raise BadConfig("a client node hosts no models; leave --model out", param="model")
+    if config.auto:
+        raise BadConfig("a client node chooses no models; leave --auto out", param="auto")
 
 
 def _check_ports(config: Config) -> None:
