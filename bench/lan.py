@@ -86,7 +86,7 @@ class Node:
 
     def peers(self) -> Peers | None:
         """As its API lists them now; None while it does not answer."""
-        peers = self._get("/mesh/peers")
+        peers = self.get("/mesh/peers")
         return None if peers is None else {p["name"]: p["state"] for p in peers}
 
     def log(self) -> str:
@@ -94,7 +94,8 @@ class Node:
         code = self._child.poll()
         return f"{self.name}, exit code {code}:\n{self._stable.log_of(f'meshd-{self.name}')}"
 
-    def _get(self, path: str) -> Any:
+    def get(self, path: str) -> Any:
+        """The JSON of a path of its API; None if it does not answer, or not with 200."""
         try:
             connection = self._connection()
             connection.request("GET", path)

@@ -127,6 +127,17 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) * TICK_S
 
 
+def family_cpu_s(pid: int) -> float:
+    """The same of a process and all it started, those included that it has waited for; 0 of one
+    that is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        children = children_of(pid)
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return sum(map(int, fields[11:15])) * TICK_S + sum(map(family_cpu_s, children))
+
+
 def machine_cpu_s() -> float:
     """CPU time all processes together have had, and what the hypervisor took."""
     line = Path("/proc/stat").read_text().partition("\n")[0]
