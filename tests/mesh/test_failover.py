@@ -40,6 +40,7 @@ class Found:
     refused: int
 
 
+@pytest.mark.timeout(60 + 20 * ROUNDS)
 def test_a_killed_host_is_replaced_every_time(engine_lan: Lan) -> None:
     nodes = engine_lan.mesh("a", "b", "c")
     nodes[0].load(MODEL)
