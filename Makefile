@@ -49,7 +49,7 @@ arm64-test: venv ## the image's steps and a node on an emulated aarch64 (root; D
 	ARM64_TEST=1 $(PYTEST) tests/arm64 -s $(ARGS)
 
 soak: venv engine ## the long runs
-	MESHD_SOAK=1 HYPOTHESIS_PROFILE=soak $(PYTEST) -m "engine or slow" $(ARGS)
+	SOAK_TEST=1 HYPOTHESIS_PROFILE=soak $(PYTEST) -m "engine or slow" $(ARGS)
 
 venv: $(VENV)/.stamp ## .venv with meshd (editable) and everything the tests need
 

@@ -1,6 +1,6 @@
 """The host's daemon is killed under load, again and again; the model is served on by another node.
 
-Five times, or thirty with MESHD_SOAK (`make soak`).
+Five times, or thirty with SOAK_TEST (`make soak`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.mesh.nodes import Lan, MeshNode
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 MODEL = "builtin"
-ROUNDS = 30 if "MESHD_SOAK" in os.environ else 5
+ROUNDS = 30 if "SOAK_TEST" in os.environ else 5
 ASKERS = 2
 STREAMS = 2
 SERVED_LIMIT_S = 10.0

@@ -14,7 +14,7 @@ import pytest
 from tests.sim.placement.crowd import crowd
 from tests.sim.placement.troubles import Failure, Outcome, play
 
-SOAK = pytest.mark.skipif("MESHD_SOAK" not in os.environ, reason="minutes long: `make soak`")
+SOAK = pytest.mark.skipif("SOAK_TEST" not in os.environ, reason="minutes long: `make soak`")
 SOAK_SEEDS = 500
 SIZES = (3, 8, 32)
 ONE_RUN = os.environ.get("MESHD_SIM", "0:3")
