@@ -32,6 +32,8 @@ class Appraiser:
         self._kv_type = _kv_type(settings.extra_args)
         self._prompts = parse_size(settings.prompt_cache)
         self._counted: dict[tuple[ModelShape, int, int], Estimate] = {}
+        self.changes = 0
+        """Times that something was learned."""
 
     def counted(self, deployment: Deployment) -> Estimate | None:
         """By the rules alone; None while the shape is not known."""
@@ -80,6 +82,7 @@ class Appraiser:
         if correction == self._corrections.find(digest, engine):
             return False
         self._corrections.keep(digest, engine, correction)
+        self.changes += 1
         return True
 
     def to_json(self) -> bytes:

@@ -1,0 +1,159 @@
+"""The shell around offering.py: the facts about this node, put together when they change."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+
+from meshd.election.appraisal import Appraiser
+from meshd.election.demand import Demand
+from meshd.election.election import Election
+from meshd.election.fit import Fit
+from meshd.election.hosted import Phase
+from meshd.election.memory import Memory, untried
+from meshd.election.needs import Needs
+from meshd.election.offering import SWAP_IDLE_S, NodeFacts, Use, barred, offers
+from meshd.election.shapes import Shapes
+from meshd.election.words import Offer
+from meshd.errors import MeshdError
+from meshd.ids import ModelId
+from meshd.kernel import Clock, Pool
+from meshd.view import Deployment, View
+
+log = logging.getLogger(__name__)
+
+BUILTIN = ModelId("builtin")
+
+
+class Bidding:
+    """Of a member; a client bids nothing."""
+
+    def __init__(
+        self,
+        needs: Needs,
+        machine: Election,
+        appraiser: Appraiser,
+        memory: Memory,
+        shapes: Shapes,
+        demand: Demand,
+        *,
+        clock: Clock,
+    ) -> None:
+        self._needs = needs
+        self._machine = machine
+        self._appraiser = appraiser
+        self._memory = memory
+        self._shapes = shapes
+        self._demand = demand
+        self._clock = clock
+        self.disk_problem: str | None = None
+        """Why no epoch can be saved, so that nothing may be claimed."""
+        self._elsewhere: dict[str, str | None] = {}
+        """Of each REF what `Needs.here` said last: it asks the disk."""
+        self._looked = 0
+        """Times that this changed."""
+        self._made: tuple[Offer, ...] = ()
+        self._made_of: tuple[object, ...] = ()
+
+    def make(
+        self, records: tuple[Deployment, ...], view: View, *, draining: bool, anew: bool = False
+    ) -> tuple[Offer, ...] | None:
+        """The offers, or None if they are as they were. `anew`: the last ones are out of date,
+        even if they look the same, so they are given either way."""
+        bar, facts = self._bar(view, draining=draining), self._facts(view)
+        digests = _digests(view)
+        made_of = (
+            records,
+            bar,
+            tuple(facts.capacity.items()),
+            tuple((m, tuple(held.items())) for m, held in facts.leases.items()),
+            self._unused(facts),
+            facts.weights,
+            tuple(digests.items()),
+            self._needs.engine(),
+            self._shapes.changes,
+            self._appraiser.changes,
+            self._looked,
+        )
+        if made_of == self._made_of and not anew:
+            return None
+        self._made_of = made_of
+        made = offers(
+            records,
+            facts,
+            lambda deployment, free: self._fit(deployment, digests.get(deployment.model), free),
+            self._clock.now(),
+            bar=bar,
+        )
+        if made == self._made and not anew:
+            return None
+        self._made = made
+        return made
+
+    async def look_for_files(self, records: Iterable[Deployment], pool: Pool) -> None:
+        """Files that REFs name come and go."""
+        deployed = {record.ref for record in records if not record.removed}
+        refs = [ref for ref in self._elsewhere if ref in deployed]
+        try:
+            found = await pool.run(lambda: {ref: self._needs.here(ref) for ref in refs})
+        except MeshdError as error:
+            log.info("files are not looked for now: %s", error.message)
+            return
+        if found != self._elsewhere:
+            self._elsewhere, self._looked = found, self._looked + 1
+
+    def _bar(self, view: View, *, draining: bool) -> str | None:
+        problem = untried(view.runtime, self._needs.engine()[1])
+        if problem is None and not self._memory.budgets:
+            problem = "its memory is not known yet"
+        return barred(client=False, draining=draining, engine_problem=problem or self.disk_problem)
+
+    def _facts(self, view: View) -> NodeFacts:
+        uses = {}
+        for model, hosted in self._machine.hosted.items():
+            if hosted.phase is Phase.READY:
+                last_at = self._demand.last_at(model)
+                since = hosted.ready_at if hosted.ready_at is not None else self._clock.now()
+                uses[model] = Use(
+                    self._demand.busy(model), max(since, last_at if last_at is not None else since)
+                )
+        return NodeFacts(
+            capacity=self._memory.capacity,
+            leases={m: lease.memory for m, lease in self._machine.ledger.leases.items()},
+            uses=uses,
+            weights=frozenset(w.model for w in view.weights) | {BUILTIN},
+        )
+
+    def _unused(self, facts: NodeFacts) -> tuple[ModelId, ...]:
+        """What of the uses makes a difference to offers: who may be put to sleep, in order."""
+        now = self._clock.now()
+        unused = [
+            (use.last_at, model)
+            for model, use in facts.uses.items()
+            if not use.busy and now - use.last_at >= SWAP_IDLE_S
+        ]
+        return tuple(model for _, model in sorted(unused))
+
+    def _fit(
+        self, deployment: Deployment, digest: str | None, free: Mapping[str, int]
+    ) -> Fit | None:
+        ref = deployment.ref
+        if ref not in self._elsewhere:
+            self._elsewhere[ref] = self._needs.here(ref)
+        elsewhere = self._elsewhere[ref]
+        if elsewhere is not None:
+            return Fit(False, elsewhere)
+        engine, _ = self._needs.engine()
+        found = self._appraiser.fit(
+            deployment, self._memory.budgets, free, digest=digest, engine=engine
+        )
+        problem = self._shapes.problem(deployment)
+        if found is None and problem is not None:
+            return Fit(False, problem.words)
+        return found
+
+
+def _digests(view: View) -> Mapping[ModelId, str]:
+    """Of weights that are known here, by model: of those an engine runs on, else on the disk."""
+    on_disk = {weights.model: weights.digest for weights in view.weights}
+    return on_disk | {m: seen.digest for m, seen in view.local.items() if seen.digest is not None}
