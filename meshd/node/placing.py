@@ -106,6 +106,7 @@ class Placing:
         self._models().load(
             deployment.ref,
             LoadOptions(deployment.context, deployment.parallel, prompt_cache_bytes),
+            name=deployment.model,
         )
 
     def _stop(self, model: ModelId, drain: bool) -> None:
@@ -120,18 +121,13 @@ class Placing:
         from meshd.cache.references import format_ref
         from meshd.election.choice import Candidate, choose
 
-        here = {weights.model for weights in self._board.current.weights}
-        found = choose(
-            [
-                Candidate(
-                    entry.name,
-                    format_ref(entry.ref),
-                    entry.size_bytes,
-                    self._cache.identify(entry.name)[0] in here,
-                )
-                for entry in self._cache.catalog.entries
-                if entry.size_bytes is not None
-            ],
-            memory.budgets,
-        )
+        weights = self._board.current.weights
+        here = {w.ref for w in weights} | {str(w.model) for w in weights}
+        candidates = []
+        for entry in self._cache.catalog.entries:
+            if entry.size_bytes is not None:
+                ref = format_ref(entry.ref)
+                on_disk = not here.isdisjoint((ref, entry.name))
+                candidates.append(Candidate(entry.name, ref, entry.size_bytes, on_disk))
+        found = choose(candidates, memory.budgets)
         return None if found is None else found.name

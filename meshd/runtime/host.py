@@ -139,9 +139,20 @@ class ModelHost(Service):
 
     # -- asked from outside -----------------------------------------------------------------------
 
-    def load(self, ref: str, options: LoadOptions = LoadOptions()) -> ModelId:  # noqa: B008 (frozen)
-        """Start loading; what becomes of it is in the view. Raises BadReference, InvalidRequest."""
-        model, ref = self._rooms.identify(ref)
+    def load(
+        self,
+        ref: str,
+        options: LoadOptions = LoadOptions(),  # noqa: B008 (frozen)
+        *,
+        name: ModelId | None = None,
+    ) -> ModelId:
+        """Start loading; what becomes of it is in the view. `name`: what it is served as; default:
+        what REF says, which of a model of the catalog is the name of its file.
+
+        Raises BadReference, InvalidRequest.
+        """
+        identified, ref = self._rooms.identify(ref)
+        model = identified if name is None else name
         ticket = next(self._tickets)
         self._post(LoadAsked(ticket, model, ref, options))
         refusal = self._refusals.pop(ticket, None)
