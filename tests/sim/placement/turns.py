@@ -3,7 +3,8 @@
 By what the node itself had seen: it may host the model and says YES to it; its offers are newer
 than its last lease; whoever may host has bid, or had the time to; not enough others stand, and
 those whose bids are better are fewer than the places to be filled, but for those that never claim
-and have had the time to. Nobody is put to sleep for a model that somebody could host without that.
+and have had the time to, and those that may still wait for one of these: they count the time from
+when they saw it. Nobody is put to sleep for a model that somebody could host without that.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def assert_turn(
     mute = [s.name for s in eligible if bid_of(s, record) is None]
     assert not mute or known_s >= BID_WAIT_S - 1e-6, f"{where} before {mute} could bid"
     places = wanted - standing(station.seen, record)
+    passed = [_merits(bid) for s in eligible if s.node in silent and (bid := bid_of(s, record))]
     better = [
         s.name
         for s in eligible
@@ -42,6 +44,7 @@ def assert_turn(
         and (bid := bid_of(s, record)) is not None
         and bid.suits is not Suits.NO
         and _merits(bid) > _merits(offer.bid)
+        and not any(merits >= _merits(bid) for merits in passed)
     ]
     assert len(better) < places, f"{where}, {places} to be filled, before {better}"
 
