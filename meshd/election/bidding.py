@@ -18,7 +18,7 @@ from meshd.election.words import Offer
 from meshd.errors import MeshdError
 from meshd.ids import ModelId
 from meshd.kernel import Clock, Pool
-from meshd.view import Deployment, View
+from meshd.view import Bid, Deployment, View
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +60,8 @@ class Bidding:
     ) -> tuple[Offer, ...] | None:
         """The offers, or None if they are as they were. `anew`: the last ones are out of date,
         even if they look the same, so they are given either way."""
-        bar, facts = self._bar(view, draining=draining), self._facts(view)
-        digests = _digests(view)
+        bar, facts = self._bar(view, draining=draining), self._facts(records, view)
+        digests = _digests(records, view)
         made_of = (
             records,
             bar,
@@ -90,6 +90,18 @@ class Bidding:
         self._made = made
         return made
 
+    def bid(self, deployment: Deployment, view: View, *, draining: bool) -> Bid:
+        """For what need not be deployed; its size is known."""
+        digest = _digests((deployment,), view).get(deployment.model)
+        (offer,) = offers(
+            (deployment,),
+            self._facts((deployment,), view),
+            lambda deployment, free: self._fit(deployment, digest, free),
+            self._clock.now(),
+            bar=self._bar(view, draining=draining),
+        )
+        return offer.bid
+
     async def look_for_files(self, records: Iterable[Deployment], pool: Pool) -> None:
         """Files that REFs name come and go."""
         deployed = {record.ref for record in records if not record.removed}
@@ -108,7 +120,7 @@ class Bidding:
             problem = "its memory is not known yet"
         return barred(client=False, draining=draining, engine_problem=problem or self.disk_problem)
 
-    def _facts(self, view: View) -> NodeFacts:
+    def _facts(self, records: tuple[Deployment, ...], view: View) -> NodeFacts:
         uses = {}
         for model, hosted in self._machine.hosted.items():
             if hosted.phase is Phase.READY:
@@ -121,7 +133,7 @@ class Bidding:
             capacity=self._memory.capacity,
             leases={m: lease.memory for m, lease in self._machine.ledger.leases.items()},
             uses=uses,
-            weights=frozenset(w.model for w in view.weights) | {BUILTIN},
+            weights=_on_disk(records, view),
         )
 
     def _unused(self, facts: NodeFacts) -> tuple[ModelId, ...]:
@@ -153,7 +165,33 @@ class Bidding:
         return found
 
 
-def _digests(view: View) -> Mapping[ModelId, str]:
+def names_a_file(ref: str) -> bool:
+    """Whether REF is a path: the weights are where it can be read, and nowhere else."""
+    return ref.startswith(("/", ".", "~"))
+
+
+def _on_disk(records: tuple[Deployment, ...], view: View) -> frozenset[ModelId]:
+    """A model of the catalog is known on the disk by its file, not by its name."""
+    models, refs = {w.model for w in view.weights}, {w.ref for w in view.weights}
+    return frozenset(
+        record.model
+        for record in records
+        if record.model == BUILTIN
+        or record.model in models
+        or record.ref in refs
+        or names_a_file(record.ref)
+    )
+
+
+def _digests(records: tuple[Deployment, ...], view: View) -> Mapping[ModelId, str]:
     """Of weights that are known here, by model: of those an engine runs on, else on the disk."""
-    on_disk = {weights.model: weights.digest for weights in view.weights}
-    return on_disk | {m: seen.digest for m, seen in view.local.items() if seen.digest is not None}
+    by_model = {w.model: w.digest for w in view.weights}
+    by_ref = {w.ref: w.digest for w in view.weights}
+    found = {}
+    for record in records:
+        seen = view.local.get(record.model)
+        digest = None if seen is None else seen.digest
+        digest = digest or by_ref.get(record.ref) or by_model.get(record.model)
+        if digest is not None:
+            found[record.model] = digest
+    return found

@@ -13,10 +13,11 @@ from types import MappingProxyType
 from typing import Any, Final, Literal
 
 from meshd.election.appraisal import Appraiser
+from meshd.election.bidding import BUILTIN, names_a_file
 from meshd.election.deployments import Written
 from meshd.election.explain import explain
 from meshd.election.fit import budgets, fit
-from meshd.election.offering import coarse
+from meshd.election.offering import NodeFacts, offers
 from meshd.election.shapes import Shapes
 from meshd.election.standings import myself, others
 from meshd.election.table import Table
@@ -24,13 +25,14 @@ from meshd.election.words import Standing
 from meshd.errors import BadReference, InvalidRequest, MeshdError, ModelNotFound
 from meshd.ids import ModelId, NodeId
 from meshd.kernel import Board
-from meshd.view import Bid, Cause, ClaimState, Deployment, ModelState, Role, Suits, View
+from meshd.view import Bid, Cause, ClaimState, Deployment, ModelState, PeerView, Role, View
 from meshd.view.shape import ModelShape
 
 log = logging.getLogger(__name__)
 
 SHAPE_WAIT_S: Final = 1.0
 """How long a load waits for what the model needs before it is written without."""
+FILE_ELSEWHERE: Final = "whether it has the file is not known before that is loaded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,8 @@ class Wish:
 
 class Desk:
     """`identify`: REF to the name clients use, and to the one way of writing that REF; raises
-    BadReference. `find_node`: name to id; raises NotFound."""
+    BadReference. `find_node`: name to id; raises NotFound. `bid`: of this node, for what need not
+    be deployed."""
 
     def __init__(
         self,
@@ -61,6 +64,7 @@ class Desk:
         identify: Callable[[str], tuple[ModelId, str]],
         find_node: Callable[[str], NodeId],
         demand: Callable[[], Mapping[ModelId, int]],
+        bid: Callable[[Deployment], Bid],
     ) -> None:
         self._board = board
         self._table = table
@@ -70,6 +74,7 @@ class Desk:
         self._identify = identify
         self._find_node = find_node
         self._demand = demand
+        self._bid = bid
 
     async def load(self, wish: Wish, cause: Cause = Cause.OPERATOR) -> ModelId:
         """Deploy a model; where it runs and how far it is, is in the view. Raises BadReference,
@@ -228,25 +233,31 @@ class Desk:
         return not record.removed
 
     def _would(self, deployment: Deployment, node: Standing) -> Standing:
-        """`node` with a bid for what is not deployed, made up from what it says of its devices."""
+        """`node` with a bid for what is not deployed: its own if it is this one, else made up from
+        what it says of its devices."""
         view = self._board.current
         peer = next((p for p in view.peers if p.id == node.node), None)
-        devices = view.devices if peer is None else peer.devices
+        bid = self._bid(deployment) if peer is None else self._guess(deployment, peer)
+        return replace(node, bids=MappingProxyType({deployment.model: bid}))
+
+    def _guess(self, deployment: Deployment, peer: PeerView) -> Bid:
         known = self._appraiser.counted(deployment)
         assert known is not None, "planned with its shape"
-        found = fit(known, budgets(devices), spill=True)
-        digests = {w.model: w.digest for w in view.weights}
-        digest = digests.get(deployment.model)
-        bid = Bid(
-            deployment.model,
-            deployment.version,
-            Suits.YES if found.fits else Suits.NO,
-            found.words,
-            weights=digest is not None if peer is None else digest in peer.weights,
-            needs_bytes=found.needed,
-            free_bytes=coarse(found.needed + found.headroom) if found.fits else 0,
+        memories = budgets(peer.devices)
+        digests = {w.digest for w in self._board.current.weights if w.model == deployment.model}
+        held = not digests.isdisjoint(peer.weights) or deployment.model == BUILTIN
+        facts = NodeFacts(
+            capacity={memory.device: memory.usable for memory in memories},
+            weights=(deployment.model,) if held else (),
         )
-        return replace(node, bids=MappingProxyType({deployment.model: bid}))
+        (offer,) = offers(
+            (deployment,),
+            facts,
+            lambda _, free: fit(known, memories, free, spill=True),
+            0.0,
+            bar=FILE_ELSEWHERE if names_a_file(deployment.ref) else None,
+        )
+        return offer.bid
 
 
 def _replicas(wish: Wish, before: Deployment | None) -> int | None:

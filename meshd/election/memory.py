@@ -3,7 +3,7 @@
 1. Nothing may be leased before an engine is known, and for an accelerator not before it was tried:
    until then it is not known on what a model would run.
 2. While an engine loads, what it has taken so far is missing from the free memory and leased as
-   well; so no reading counts that was taken meanwhile.
+   well; so no reading counts that was taken meanwhile, not even once it is loaded.
 3. A reading that differs from the last one by little says nothing: free memory is never still.
 """
 
@@ -52,9 +52,11 @@ class Memory:
         """Take over a reading; whether the capacity changed by it. `held`: by this node's engines,
         of what is missing from the free memory, under the names the engine gives. `calm`: no
         engine of this node is loading."""
-        if devices is self._devices or not devices or (self.budgets and not calm):  # 2
+        if devices is self._devices or not devices:
             return False
         self._devices = devices
+        if self.budgets and not calm:  # 2
+            return False
         found = budgets(devices, held=held, limit=self._limit)
         if not _differ(self.budgets, found):
             return False

@@ -146,6 +146,9 @@ class ElectionRoom(Service):
             identify=needs.identify,
             find_node=needs.find_node,
             demand=lambda: self._loads.wanted,
+            bid=lambda deployment: self._bidding.bid(
+                deployment, board.current, draining=self._draining
+            ),
         )
         self._flags = Flags(config, needs, self._table, self.desk, memory, pool)
         self.shared = self._table.shared

@@ -49,6 +49,7 @@ class Table:
         """Written here since the disk was last written to."""
         self._stale = asyncio.Event()
         """The book says what the disk does not."""
+        self._saving = asyncio.Lock()
         self.records = self.book.records
         """All of the book, as it was last shown; the same tuple until that changes."""
 
@@ -61,18 +62,19 @@ class Table:
 
     async def save(self) -> bool:
         """Bring the disk up to date; whether that worked."""
-        if not self._stale.is_set():
-            return True
-        self._stale.clear()
-        told, self._unsaved = self._unsaved, set()
-        try:
-            await self._pool.run(self._store.save_deployments, self.records)
-        except MeshdError as error:
-            log.error("deployments are not kept: %s", error.message)
-            self._stale.set()
-        if told:
-            self._spread(told)
-        return not self._stale.is_set()
+        async with self._saving:  # whoever saves last must not return while another is at it
+            if not self._stale.is_set():
+                return True
+            self._stale.clear()
+            told, self._unsaved = self._unsaved, set()
+            try:
+                await self._pool.run(self._store.save_deployments, self.records)
+            except MeshdError as error:
+                log.error("deployments are not kept: %s", error.message)
+                self._stale.set()
+            if told:
+                self._spread(told)
+            return not self._stale.is_set()
 
     def written(self, result: Written | Rejected) -> Deployment:
         """Show, keep and spread what was written to the book. Raises InvalidRequest."""

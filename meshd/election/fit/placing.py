@@ -232,8 +232,9 @@ def _refused(
 
 
 def _parts(estimate: Estimate) -> str:
+    prompts = f", kept prompts {format_size(estimate.prompts)}" if estimate.prompts else ""
     return (
         f"weights {format_size(estimate.weights + estimate.projector)}, "
         f"cache {format_size(estimate.cache)} for {estimate.slots} × {estimate.context} tokens, "
-        f"computing {format_size(estimate.compute)}"
+        f"computing {format_size(estimate.compute)}{prompts}"
     )
