@@ -1,5 +1,5 @@
-"""`--auto`: one node chooses for an idle mesh. The catalog's own models are large, and are looked for
-at a local hub that has none of them."""
+"""`--auto`: one node chooses for an idle mesh. The large models of the packaged catalog are looked
+for at a local hub that has none of them."""
 
 from __future__ import annotations
 
