@@ -29,32 +29,33 @@ def unserved(
 ) -> Mapping[ModelId, ModelView]:
     """Of all that are not removed. `nodes`: all that are alive or suspected, the own one too;
     `failed`: how this node's own attempts looked when they failed."""
+    claimants: dict[ModelId, list[Standing]] = {}
+    for node in nodes:
+        for model in node.claims:
+            claimants.setdefault(model, []).append(node)
     return {
-        deployment.model: _unserved(deployment, nodes, demand, failed.get(deployment.model))
-        for deployment in deployments
-        if not deployment.removed
+        d.model: _unserved(d, nodes, claimants.get(d.model, ()), demand, failed.get(d.model))
+        for d in deployments
+        if not d.removed
     }
 
 
 def _unserved(
     deployment: Deployment,
     nodes: Sequence[Standing],
+    claimants: Sequence[Standing],
     demand: Mapping[ModelId, int],
     failed: ModelView | None,
 ) -> ModelView:
     model, ref = deployment.model, deployment.ref
     if not wanted_replicas(deployment, demand):
         return ModelView(model, ref, ModelState.ABSENT, ASLEEP)  # 1
-    coming = [c.node.name for c in contenders(deployment, nodes)]
+    coming = [c.node.name for c in contenders(deployment, claimants)]
     coming = coming or [r.node.name for r in rank(deployment, nodes)[:1]]
     if coming:
         return ModelView(model, ref, ModelState.WAITING, f"{', '.join(coming)} is to host it")  # 2
-    claims = {n.node: n.claims[model] for n in nodes if model in n.claims}
-    tried = [
-        node
-        for node in nodes
-        if node.node in claims and claims[node.node].state is ClaimState.FAILED
-    ]
+    claims = {node.node: node.claims[model] for node in claimants}
+    tried = [node for node in claimants if claims[node.node].state is ClaimState.FAILED]
     if not tried:  # 4
         return ModelView(model, ref, ModelState.WAITING, _reasons(deployment, nodes))
     waits = [w for n in tried if (w := claims[n.node].retry_in_s) is not None]
