@@ -82,8 +82,8 @@ class Desk:
         self._refuse_client()
         model, ref = self._identify(wish.ref)
         host = None if wish.host is None else self._node(wish.host)
-        before = self._table.book.get(model)
         shape = await self._shape(model, ref, elsewhere=host not in (None, self._own))
+        before = self._table.book.get(model)  # others may have written meanwhile
         written = self._table.book.load(
             model,
             ref,
