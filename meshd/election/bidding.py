@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from meshd.election.appraisal import Appraiser
 from meshd.election.demand import Demand
@@ -26,7 +26,8 @@ BUILTIN = ModelId("builtin")
 
 
 class Bidding:
-    """Of a member; a client bids nothing."""
+    """Of a member; a client bids nothing. `disk_problem`: why no epoch can be saved, so that
+    nothing may be claimed; None if one can."""
 
     def __init__(
         self,
@@ -37,6 +38,7 @@ class Bidding:
         shapes: Shapes,
         demand: Demand,
         *,
+        disk_problem: Callable[[], str | None],
         clock: Clock,
     ) -> None:
         self._needs = needs
@@ -46,8 +48,7 @@ class Bidding:
         self._shapes = shapes
         self._demand = demand
         self._clock = clock
-        self.disk_problem: str | None = None
-        """Why no epoch can be saved, so that nothing may be claimed."""
+        self._disk_problem = disk_problem
         self._elsewhere: dict[str, str | None] = {}
         """Of each REF what `Needs.here` said last: it asks the disk."""
         self._looked = 0
@@ -118,7 +119,9 @@ class Bidding:
         problem = untried(view.runtime, self._needs.engine()[1])
         if problem is None and not self._memory.budgets:
             problem = "its memory is not known yet"
-        return barred(client=False, draining=draining, engine_problem=problem or self.disk_problem)
+        return barred(
+            client=False, draining=draining, engine_problem=problem or self._disk_problem()
+        )
 
     def _facts(self, records: tuple[Deployment, ...], view: View) -> NodeFacts:
         uses = {}

@@ -43,6 +43,22 @@ class Loads:
         """Hosts by model, of deployments that leave it to demand."""
         return self._replicas.wanted
 
+    # -- requests: api.usage.Usage ----------------------------------------------------------------
+
+    def asked(self, model: ModelId) -> None:
+        self._demand.asked(model, self._clock.now())
+
+    def answered(self, model: ModelId, service_s: float) -> None:
+        self._demand.answered(model, service_s, self._clock.now())
+
+    def began(self, model: ModelId) -> None:
+        self._demand.began(model, self._clock.now())
+
+    def ended(self, model: ModelId) -> None:
+        self._demand.ended(model, self._clock.now())
+
+    # -- what follows -----------------------------------------------------------------------------
+
     def exchange(self) -> None:
         """Tell the other nodes what clients of this one ask for, and hear what theirs do."""
         view = self._board.current

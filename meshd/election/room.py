@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Final, assert_never
+from typing import Final
 
 from meshd.config import Config
 from meshd.election.appraisal import Appraiser
@@ -24,37 +23,27 @@ from meshd.election.flags import Flags
 from meshd.election.loads import Loads
 from meshd.election.memory import Memory
 from meshd.election.needs import Needs
+from meshd.election.orders import Orders
 from meshd.election.settling import Settling
 from meshd.election.shapes import Shapes
 from meshd.election.showing import Showing
 from meshd.election.standings import Standings, myself
 from meshd.election.store import ElectionStore, Saved
-from meshd.election.table import SAVE_AGAIN_S, Table
+from meshd.election.table import Table
 from meshd.election.watching import Watching, read_corrections
 from meshd.election.words import (
     DemandMoved,
     DeploymentsSeen,
     DrainAsked,
     Effect,
-    EpochSaved,
     Event,
-    HostChanged,
-    HostReported,
-    LeasesChanged,
     NodesSeen,
     OffersMade,
-    PublishClaims,
-    PutToSleep,
-    SaveEpoch,
     Standing,
-    StartHost,
-    StopHost,
 )
-from meshd.errors import MeshdError, ModelNotFound
-from meshd.ids import ModelId
 from meshd.kernel import Board, Clock, Driver, FlightRecorder, Pool, Service
 from meshd.sizes import parse_size
-from meshd.view import ModelState, NodeState, Role, View
+from meshd.view import NodeState, Role, View
 
 __all__ = ["ElectionRoom", "Needs"]
 
@@ -88,15 +77,14 @@ class ElectionRoom(Service):
         self._config = config
         self._board = board
         self._needs = needs
-        self._store = store
         self._clock = clock
         self._pool = pool
         for problem in saved.problems:
             log.warning("%s", problem)
         view, corrections = board.current, config.data_dir / CORRECTIONS
-        appraiser = self._appraiser = Appraiser(config.engine, read_corrections(corrections))
+        appraiser = Appraiser(config.engine, read_corrections(corrections))
         memory = Memory(None if config.max_vram is None else parse_size(config.max_vram))
-        demand = self._demand = Demand()
+        demand = Demand()
         machine = Election(view.node.id, view.node.name, saved.epochs, saved.floor)
         self._driver: Driver[Event, Effect] = Driver(
             self.name, machine, self._run, clock=clock, recorder=recorder
@@ -130,8 +118,28 @@ class ElectionRoom(Service):
             clock=clock,
             pool=pool,
         )
+        self._orders = Orders(
+            board,
+            needs,
+            store,
+            self._table,
+            appraiser,
+            pool,
+            post=self._driver.post,
+            spawn=lambda work: self.spawn(work, name="keep an epoch"),
+            started=self._watching.started,
+            leases_changed=lambda: self._make_offers(anew=True),
+            look_again=self.look_again,
+        )
         self._bidding = Bidding(
-            needs, machine, appraiser, memory, self._shapes, demand, clock=clock
+            needs,
+            machine,
+            appraiser,
+            memory,
+            self._shapes,
+            demand,
+            disk_problem=lambda: self._orders.disk_problem,
+            clock=clock,
         )
         self._loads = Loads(board, machine, demand, idle_unload_s=config.idle_unload_s, clock=clock)
         self._showing = Showing(board, self._shapes, clock=clock)
@@ -152,14 +160,15 @@ class ElectionRoom(Service):
         )
         self._flags = Flags(config, needs, self._table, self.desk, memory, pool)
         self.shared = self._table.shared
-        self.host_changes: Counter[tuple[ModelId, str]] = Counter()
-        """By model and cause."""
+        self.asked, self.answered = self._loads.asked, self._loads.answered
+        self.began, self.ended = self._loads.began, self._loads.ended
         self._open = False
         """It runs, and has not been told to withdraw."""
         self._withdrawn = False
         self._draining = False
         self._nodes: tuple[Standing, ...] | None = None
-        self._looking = False
+        self._news = asyncio.Event()
+        """There may be something to look at."""
         self._look_later: asyncio.TimerHandle | None = None
 
     # -- service ----------------------------------------------------------------------------------
@@ -174,6 +183,7 @@ class ElectionRoom(Service):
         try:
             self.ready.set()
             self.spawn(self._watch(), name="watch")
+            self.spawn(self._look_at_news(), name="look")
             await self.stopping.wait()
             await self._table.save()
         finally:
@@ -182,6 +192,9 @@ class ElectionRoom(Service):
             self._driver.close()
             if self._look_later is not None:
                 self._look_later.cancel()
+
+    def _run(self, effect: Effect) -> None:
+        self._orders.run(effect)
 
     def withdraw(self) -> None:
         """The node ends: from now on it hosts nothing as far as others are told."""
@@ -194,7 +207,7 @@ class ElectionRoom(Service):
         return self._driver.overdue_s
 
     def metrics(self) -> Iterable[tuple[str, Mapping[str, str], float]]:
-        for (model, cause), count in sorted(self.host_changes.items()):
+        for (model, cause), count in sorted(self._orders.host_changes.items()):
             yield "meshd_host_changes_total", {"model": model, "reason": cause}, count
 
     async def _watch(self) -> None:
@@ -212,18 +225,21 @@ class ElectionRoom(Service):
 
     def look_again(self) -> None:
         """Something may have changed: look soon, once for all that changes now."""
-        if self._open and not self._looking:
-            self._looking = True
-            asyncio.get_running_loop().call_soon(self._look)
+        self._news.set()
+
+    async def _look_at_news(self) -> None:
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            if self._open:
+                self._look()
+            await asyncio.sleep(0)  # others have their turn, whatever a look brings about
 
     def _view_changed(self, view: View) -> None:
         self.look_again()
 
     def _look(self) -> None:
         """Each part reads the view anew: what one of them posts may have changed it."""
-        self._looking = False
-        if not self._open:
-            return
         self._look_at_nodes()
         self._watching.look()
         self._watching.look_at_memory()
@@ -280,76 +296,7 @@ class ElectionRoom(Service):
             self._board.publish(replace(view, bids=bids))
         self._driver.post(OffersMade(made))
 
-    # -- orders -----------------------------------------------------------------------------------
-
-    def _run(self, effect: Effect) -> None:
-        match effect:
-            case SaveEpoch():
-                self.spawn(self._save_epoch(effect), name="keep an epoch")
-            case StartHost():
-                self._start(effect)
-            case StopHost():
-                self._stop(effect)
-            case PublishClaims():
-                self._board.publish(replace(self._board.current, claims=effect.claims))
-            case LeasesChanged():
-                self._make_offers(anew=True)
-            case PutToSleep():
-                self._table.put_to_sleep(
-                    effect.model, f"its memory is needed for {effect.wanted_for}"
-                )
-            case HostChanged():
-                log.info("%s: %s", effect.model, effect.why)
-                self.host_changes[effect.model, effect.cause] += 1
-            case _:
-                assert_never(effect)
-        self.look_again()
-
-    async def _save_epoch(self, order: SaveEpoch) -> None:
-        """Until it is saved; meanwhile nothing else is claimed either."""
-        while True:
-            try:
-                await self._pool.run(self._store.save_epoch, order.model, order.epoch)
-            except MeshdError as error:
-                if self._bidding.disk_problem is None:
-                    log.error("nothing is claimed any more: %s", error.message)
-                self._bidding.disk_problem = error.message
-                self.look_again()
-                await asyncio.sleep(SAVE_AGAIN_S)
-            else:
-                self._bidding.disk_problem = None
-                self._driver.post(EpochSaved(order.model, order.epoch))
-                self.look_again()
-                return
-
-    def _start(self, order: StartHost) -> None:
-        model = order.deployment.model
-        self._watching.started(model)
-        counted = self._appraiser.counted(order.deployment)
-        try:
-            self._needs.start(order.deployment, None if counted is None else counted.prompts)
-        except MeshdError as error:
-            self._driver.post(HostReported(model, ModelState.FAILED, error.message))
-
-    def _stop(self, order: StopHost) -> None:
-        try:
-            self._needs.stop(order.model, order.drain)
-        except ModelNotFound:
-            self._driver.post(HostReported(order.model, ModelState.ABSENT))
-
     # -- demand -----------------------------------------------------------------------------------
-
-    def asked(self, model: ModelId) -> None:
-        self._demand.asked(model, self._clock.now())
-
-    def answered(self, model: ModelId, service_s: float) -> None:
-        self._demand.answered(model, service_s, self._clock.now())
-
-    def began(self, model: ModelId) -> None:
-        self._demand.began(model, self._clock.now())
-
-    def ended(self, model: ModelId) -> None:
-        self._demand.ended(model, self._clock.now())
 
     def missing(self, name: str) -> bool:
         changed = self.desk.missing(name)

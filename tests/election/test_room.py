@@ -10,6 +10,7 @@ from pathlib import Path
 import orjson
 import pytest
 
+from meshd.election import orders as orders_module
 from meshd.election import room as room_module
 from meshd.election import store as store_module
 from meshd.election import table as table_module
@@ -48,7 +49,7 @@ from tests.election.rooms import (
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is looked at every two seconds is looked at all the time."""
     monkeypatch.setattr(room_module, "LOOK_S", 0.01)
-    monkeypatch.setattr(room_module, "SAVE_AGAIN_S", 0.01)
+    monkeypatch.setattr(orders_module, "SAVE_AGAIN_S", 0.01)
     monkeypatch.setattr(table_module, "SAVE_AGAIN_S", 0.01)
 
 
@@ -184,7 +185,7 @@ async def test_an_engine_that_was_just_started_is_not_taken_for_one_that_ended(
         assert [(d.context, stage.stopped) for d, _ in stage.started[1:]] == [
             (512, [(LLAMA, True)])
         ]
-        assert room.host_changes == {(LLAMA, "first"): 1}
+        assert room._orders.host_changes == {(LLAMA, "first"): 1}
 
 
 async def test_unloading_leaves_a_tombstone_and_stops_the_engine(tmp_path: Path) -> None:
@@ -385,7 +386,9 @@ async def test_memory_is_not_measured_while_an_engine_loads(tmp_path: Path) -> N
 
 async def test_what_an_engine_took_is_leased_and_remembered(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
-    counted = stage.room._appraiser.counted(Deployment(LLAMA, "org/llama", 1, OTHER, shape=SHAPE))
+    counted = stage.room._bidding._appraiser.counted(
+        Deployment(LLAMA, "org/llama", 1, OTHER, shape=SHAPE)
+    )
     assert counted is not None
     assert 0 < counted.prompts == counted.cache
     stage.memory[LLAMA] = {
@@ -405,7 +408,7 @@ async def test_what_an_engine_took_is_leased_and_remembered(tmp_path: Path) -> N
     again = Stage(tmp_path)
     again.pool.close()
     kept = Deployment(LLAMA, "org/llama", 1, OTHER, shape=SHAPE)
-    corrected = again.room._appraiser.corrected(kept, "sha256:abc", "engine-1")
+    corrected = again.room._bidding._appraiser.corrected(kept, "sha256:abc", "engine-1")
     assert corrected is not None
     assert corrected.cache == counted.cache * 2
     assert orjson.loads(path.read_bytes()) == [["sha256:abc", "engine-1", 2.0, 1.0]]
