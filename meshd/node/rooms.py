@@ -42,14 +42,14 @@ _MODEL_ROOMS = (
     "meshd.runtime.proof.prover",
     "meshd.runtime.registry",
 )
-_OTHER_ROOMS = (
-    "meshd.api.admin",
-    "meshd.cache.commanding",
+_MESH_ROOMS = (
     "meshd.cache.offering",
     "meshd.cache.service",
     "meshd.peers.lan.discovery",
     "meshd.peers.mesh",
 )
+_COMMAND_ROOMS = ("meshd.api.admin", "meshd.cache.commanding")
+"""Not before the first engines are on their way: none of them waits for a command."""
 
 
 def set_node(board: Board[View], **changes: object) -> None:
@@ -77,6 +77,8 @@ class Rooms:
         self._recorder = recorder
         self._pool = Pool("work", workers=2)
         self._drivers = Pool("drivers", workers=2)
+        self._records = Pool("records", workers=2)
+        """Of the election: a claim waits for the disk, and must not for a walk through a cache."""
         self._cache: CacheRoom | None = None
         self._models: ModelHost | None = None
         self._prover: Prover | None = None
@@ -97,10 +99,12 @@ class Rooms:
         identity = await self._pool.run(load_or_create, config.data_dir)
         set_node(self._board, id=identity.node_id)
         cache = self._cache = await self._pool.run(self._make_cache)
-        await self._import(_OTHER_ROOMS)
+        await self._import(_MESH_ROOMS)
         self._placing = self._make_placing(cache)
         election = self.usage.room = await self._pool.run(
-            lambda: self._placing.make(clock=self._clock, recorder=self._recorder, pool=self._pool)
+            lambda: self._placing.make(
+                clock=self._clock, recorder=self._recorder, pool=self._records
+            )
         )
         mesh, discovery = self._make_mesh(api, identity, election)
         await self._pool.run(mesh.prepare)
@@ -116,6 +120,7 @@ class Rooms:
         await stack.start(survey)
         await stack.start(mesh)
         await stack.start(election)
+        await self._import(_COMMAND_ROOMS)
         await stack.start(self._make_admin(api, controls))
         await stack.start(discovery)
 
@@ -318,3 +323,4 @@ class Rooms:
         """After every service has stopped."""
         self._pool.close()
         self._drivers.close()
+        self._records.close()
