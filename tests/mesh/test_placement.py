@@ -133,16 +133,31 @@ def test_a_node_without_room_hosts_nothing_and_says_why(engine_lan: Lan) -> None
 def test_what_is_deployed_outlives_a_restart_of_all_nodes(engine_lan: Lan, nodes: Nodes) -> None:
     a, *others = nodes
     a.load(MODEL, parallel=3)
-    epoch = _epoch(_the_host(engine_lan, nodes))
+    _the_host(engine_lan, nodes)
     for node in nodes:
         assert node.stop() == 0
     for node in (*others, a):
         node.start()
     engine_lan.wait_whole(*nodes)
-    assert _epoch(_the_host(engine_lan, nodes)) > epoch
+    _the_host(engine_lan, nodes)
     for node in nodes:
         (record,) = node.status()["deployments"]
         assert (record["model"], record["parallel"], record["origin"]) == (MODEL, 3, "a")
+
+
+def test_who_hosts_again_after_a_kill_uses_no_epoch_twice(engine_lan: Lan) -> None:
+    nodes = a, b = engine_lan.mesh("a", "b")
+    b.load(MODEL, host="a")
+    assert _the_host(engine_lan, nodes) is a
+    epoch = b.hosts(MODEL)["a"]
+    a.close()  # SIGKILL
+    a.start()
+    engine_lan.until(
+        lambda: b.hosts(MODEL, "ready").get("a", 0) > epoch,
+        timeout_s=AGREED_LIMIT_S,
+        what="a hosts it again, by a higher epoch",
+    )
+    assert _the_host(engine_lan, nodes) is a
 
 
 def test_who_was_away_does_not_bring_back_what_was_unloaded(engine_lan: Lan, nodes: Nodes) -> None:
@@ -175,10 +190,6 @@ def _plan(node: MeshNode) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     plan: dict[str, Any] = json.loads(done.stdout)
     return plan
-
-
-def _epoch(host: MeshNode) -> int:
-    return host.hosts(MODEL)[host.name]
 
 
 def _hosts(nodes: Nodes) -> set[str] | None:
