@@ -55,6 +55,9 @@ class Bidding:
         """Times that this changed."""
         self._made: tuple[Offer, ...] = ()
         self._made_of: tuple[object, ...] = ()
+        """All that offers are made of, but for the records."""
+        self._known: Mapping[ModelId, tuple[Deployment, Offer | None]] = {}
+        """By model: the record and what was made of it."""
 
     def make(
         self, records: tuple[Deployment, ...], view: View, *, draining: bool, anew: bool = False
@@ -64,7 +67,6 @@ class Bidding:
         bar, facts = self._bar(view, draining=draining), self._facts(records, view)
         digests = _digests(records, view)
         made_of = (
-            records,
             bar,
             tuple(facts.capacity.items()),
             tuple((m, tuple(held.items())) for m, held in facts.leases.items()),
@@ -76,16 +78,20 @@ class Bidding:
             self._appraiser.changes,
             self._looked,
         )
-        if made_of == self._made_of and not anew:
-            return None
-        self._made_of = made_of
-        made = offers(
-            records,
+        known = self._known if made_of == self._made_of else {}
+        lacking = [r for r in records if r.model not in known or known[r.model][0] != r]
+        new = offers(
+            lacking,
             facts,
             lambda deployment, free: self._fit(deployment, digests.get(deployment.model), free),
             self._clock.now(),
             bar=bar,
         )
+        by_model = {offer.bid.model: offer for offer in new}
+        found = {r.model: (r, by_model.get(r.model)) for r in lacking}
+        self._known = {r.model: found.get(r.model) or known[r.model] for r in records}
+        self._made_of = made_of
+        made = tuple(offer for _, offer in self._known.values() if offer is not None)
         if made == self._made and not anew:
             return None
         self._made = made

@@ -8,7 +8,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from meshd.election.shapes import Shapes
-from meshd.election.unserved import unserved
+from meshd.election.unserved import Unserved
 from meshd.election.words import Standing
 from meshd.ids import ModelId
 from meshd.kernel import Board, Clock
@@ -21,7 +21,8 @@ class Showing:
         self._shapes = shapes
         self._clock = clock
         self._made_of: tuple[object, ...] = ()
-        self._unserved: Mapping[ModelId, ModelView] = {}
+        self._unserved = Unserved()
+        self._found: Mapping[ModelId, ModelView] = {}
 
     def show(
         self,
@@ -34,8 +35,8 @@ class Showing:
         made_of = (records, nodes, demand, tuple(failed.values()))
         if made_of != self._made_of:
             self._made_of = made_of
-            self._unserved = unserved(records, nodes, demand, failed)
-        shown = MappingProxyType({**self._unserved, **self._unknown(records)})
+            self._found = self._unserved.look(records, nodes, demand, failed)
+        shown = MappingProxyType({**self._found, **self._unknown(records)})
         view = self._board.current
         if shown != view.wanted:
             self._board.publish(with_wanted(view, shown))

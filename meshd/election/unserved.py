@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from meshd.election.claims import contenders, wanted_replicas
 from meshd.election.ranking import not_ranked, rank
@@ -29,15 +31,65 @@ def unserved(
 ) -> Mapping[ModelId, ModelView]:
     """Of all that are not removed. `nodes`: all that are alive or suspected, the own one too;
     `failed`: how this node's own attempts looked when they failed."""
-    claimants: dict[ModelId, list[Standing]] = {}
-    for node in nodes:
-        for model in node.claims:
-            claimants.setdefault(model, []).append(node)
-    return {
-        d.model: _unserved(d, nodes, claimants.get(d.model, ()), demand, failed.get(d.model))
-        for d in deployments
-        if not d.removed
-    }
+    return Unserved().look(deployments, nodes, demand, failed)
+
+
+class Unserved:
+    """The same for one who looks at every change: only what it is about is looked at again. A
+    hundred nodes that bid for fifty models have news all the time, of one model each."""
+
+    def __init__(self) -> None:
+        self._nodes: Sequence[Standing] = ()
+        self._demand: Mapping[ModelId, int] = {}
+        self._looks: dict[ModelId, tuple[Deployment, ModelView | None, ModelView]] = {}
+        """By model: of what record and own failure, and how it looks."""
+
+    def look(
+        self,
+        deployments: Iterable[Deployment],
+        nodes: Sequence[Standing],
+        demand: Mapping[ModelId, int],
+        failed: Mapping[ModelId, ModelView],
+    ) -> Mapping[ModelId, ModelView]:
+        """As `unserved`."""
+        moved = None if demand != self._demand else _moved(self._nodes, nodes)
+        before = {} if moved is None else self._looks
+        claimants: dict[ModelId, list[Standing]] = {}
+        for node in nodes:
+            for model in node.claims:
+                claimants.setdefault(model, []).append(node)
+        looks = {}
+        for deployment in deployments:
+            if deployment.removed:
+                continue
+            model = deployment.model
+            own = failed.get(model)
+            known = before.get(model)
+            if known is None or known[:2] != (deployment, own) or model in (moved or ()):
+                found = _unserved(deployment, nodes, claimants.get(model, ()), demand, own)
+                known = deployment, own, found
+            looks[model] = known
+        self._nodes, self._demand, self._looks = nodes, demand, looks
+        return {model: found for model, (_, _, found) in looks.items()}
+
+
+def _moved(old: Sequence[Standing], new: Sequence[Standing]) -> Collection[ModelId] | None:
+    """The models of which nodes say something else than before; None if it may be all."""
+    if len(old) != len(new):
+        return None
+    moved: set[ModelId] = set()
+    for one, other in zip(old, new, strict=True):
+        if one is other:
+            continue
+        if replace(one, bids=other.bids, claims=other.claims) != other:
+            return None
+        moved.update(_differing(one.bids, other.bids), _differing(one.claims, other.claims))
+    return moved
+
+
+def _differing(old: Mapping[ModelId, Any], new: Mapping[ModelId, Any]) -> Iterator[ModelId]:
+    yield from (model for model, word in new.items() if old.get(model) != word)
+    yield from (model for model in old if model not in new)
 
 
 def _unserved(

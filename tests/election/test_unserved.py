@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from meshd.election.unserved import ASLEEP, NAMED, unserved
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshd.election.unserved import ASLEEP, NAMED, Unserved, unserved
 from meshd.election.words import Standing
 from meshd.ids import ModelId
 from meshd.view import Deployment, ModelState, ModelView, Suits
 from tests.election.words import DRAINING, FAILED, PREPARING, READY, M, bid, claim, node, record
 
+OTHER = ModelId("qwen")
 WAITS, FAILS = ModelState.WAITING, ModelState.FAILED
 
 
@@ -131,8 +135,43 @@ def test_one_who_gives_it_up_is_said_to() -> None:
 
 
 def test_each_model_has_its_own_words() -> None:
-    other = ModelId("qwen")
     found = unserved(
-        [record(), record(model=other, asleep=True)], [node("a", bid(), claim(1))], {}, {}
+        [record(), record(model=OTHER, asleep=True)], [node("a", bid(), claim(1))], {}, {}
     )
-    assert [(m, v.state) for m, v in found.items()] == [(M, WAITS), (other, ModelState.ABSENT)]
+    assert [(m, v.state) for m, v in found.items()] == [(M, WAITS), (OTHER, ModelState.ABSENT)]
+
+
+WORDS = st.lists(
+    st.one_of(
+        st.builds(bid, st.integers(0, 3), suits=st.sampled_from(Suits), reason=st.just("no")),
+        st.builds(claim, st.integers(1, 3), st.sampled_from([READY, PREPARING, FAILED])),
+    ),
+    max_size=2,
+)
+MESH = st.lists(WORDS, min_size=1, max_size=3).map(
+    lambda said: tuple(node(f"n{i}", *words) for i, words in enumerate(said))
+)
+RECORDS = st.lists(st.booleans(), min_size=1, max_size=2).map(
+    lambda sleeps: tuple(
+        record(model=m, asleep=s) for m, s in zip((M, OTHER), sleeps, strict=False)
+    )
+)
+FAILURES: st.SearchStrategy[dict[ModelId, ModelView]] = st.just({}) | st.just(
+    {M: ModelView(M, "org/llama", FAILS, evidence=("last line",))}
+)
+
+
+@given(st.lists(st.tuples(RECORDS, MESH, st.just({}) | st.just({M: 2}), FAILURES), max_size=6))
+def test_who_looks_again_and_again_sees_what_who_looks_once_does(
+    looks: list[
+        tuple[
+            tuple[Deployment, ...],
+            tuple[Standing, ...],
+            dict[ModelId, int],
+            dict[ModelId, ModelView],
+        ]
+    ],
+) -> None:
+    often = Unserved()
+    for look in looks:
+        assert often.look(*look) == unserved(*look)
