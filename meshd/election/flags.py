@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Final
+
+import orjson
 
 from meshd.config import Config
 from meshd.election.desk import Desk, Wish
@@ -11,11 +16,14 @@ from meshd.election.memory import Memory
 from meshd.election.needs import Needs
 from meshd.election.table import Table
 from meshd.errors import MeshdError
-from meshd.ids import NodeId
-from meshd.kernel import Pool
+from meshd.ids import ModelId, NodeId
+from meshd.kernel import Pool, write_atomic
 from meshd.view import Cause
 
 log = logging.getLogger(__name__)
+
+LAST: Final = "flags.json"
+"""Models this node was started with last."""
 
 
 class Flags:
@@ -28,23 +36,39 @@ class Flags:
         self._desk = desk
         self._memory = memory
         self._pool = pool
+        self._path = config.data_dir / LAST
         self._chosen = False
 
     async def take(self, own: NodeId) -> None:
         """`--model`: deploy those of now, unload those of this node's last start that are gone.
-        What cannot be deployed is said, and keeps nothing else from it."""
+        What cannot be deployed is said, and keeps nothing else from it.
+
+        Who wrote a record last does not tell whose flag it was: any node may have woken it."""
         wanted = set()
         for ref in self._config.model:
             try:
                 wanted.add(self._needs.identify(ref)[0])
             except MeshdError as error:
                 log.error("--model %s: %s", ref, error.message)
-        for record in self._table.records:
-            mine = record.origin == own and record.cause is Cause.FLAG and not record.removed
-            if mine and record.model not in wanted:
-                self._table.written(self._table.book.unload(record.model, own))
+        for model in await self._replace_last(wanted):
+            record = self._table.book.get(model)
+            if record is None or record.removed:
+                continue
+            if record.origin == own and record.cause is Cause.FLAG:
+                self._table.unload(model, "its --model is gone")
         loads = (self._deploy(ref, Cause.FLAG, "--model") for ref in self._config.model)
         await asyncio.gather(*loads)
+
+    async def _replace_last(self, wanted: Collection[ModelId]) -> Sequence[ModelId]:
+        """Write down the models of now; those of the last start that are not among them."""
+        try:
+            last = await self._pool.run(_read, self._path)
+            if set(last) != set(wanted):
+                await self._pool.run(write_atomic, self._path, orjson.dumps(sorted(wanted)))
+        except (OSError, MeshdError) as error:
+            log.warning("%s: what --model said is not kept: %s", self._path, error)
+            return ()
+        return [model for model in last if model not in wanted]
 
     async def choose(self) -> None:
         """`--auto`: if nothing is deployed, something is chosen, once a start. To be called again
@@ -75,3 +99,12 @@ class Flags:
 
     def _any_deployed(self) -> bool:
         return any(not record.removed for record in self._table.records)
+
+
+def _read(path: Path) -> Sequence[ModelId]:
+    """What is no list of names is none: then nothing is unloaded. Raises OSError."""
+    try:
+        found = orjson.loads(path.read_bytes())
+    except (FileNotFoundError, orjson.JSONDecodeError):
+        return ()
+    return [ModelId(name) for name in found] if isinstance(found, list) else ()

@@ -98,6 +98,11 @@ class Table:
         own = self._board.current.node.id
         self._write("put to sleep", model, self.book.put_to_sleep(model, own))
 
+    def unload(self, model: ModelId, why: str) -> None:
+        log.info("%s is unloaded: %s", model, why)
+        own = self._board.current.node.id
+        self._write("unloaded", model, self.book.unload(model, own))
+
     def _write(self, what: str, model: ModelId, result: Written | Rejected) -> None:
         """What nobody waits for to be told that it was refused."""
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from meshd.errors import MeshdError
 from meshd.ids import ModelId
 from meshd.kernel import Board, Clock, FlightRecorder, Pool
 from meshd.view import Deployment, View
@@ -95,7 +96,11 @@ class Placing:
         model = self.room.desk.deployed(body.model)
         if body.drain_s is not None:
             self._drains[model] = body.drain_s
-        return self.room.desk.unload(body.model)
+        try:
+            return self.room.desk.unload(body.model)
+        except MeshdError:
+            self._drains.pop(model, None)
+            raise
 
     # -- orders -----------------------------------------------------------------------------------
 
@@ -110,8 +115,8 @@ class Placing:
         )
 
     def _stop(self, model: ModelId, drain: bool) -> None:
-        drain_s = self._drains.pop(model, None) if drain else 0.0
-        self._models().unload(model, drain_s)
+        drain_s = self._drains.pop(model, None)
+        self._models().unload(model, drain_s if drain else 0.0)
 
     def _taken(self, model: ModelId) -> Mapping[str, MemoryParts] | None:
         report = self._models().taken(model)

@@ -36,6 +36,7 @@ from tests.election.rooms import (
     LLAMA,
     MIB,
     OTHER,
+    OWN,
     QWEN,
     SHAPE,
     Stage,
@@ -277,6 +278,28 @@ async def test_flags_that_are_gone_are_unloaded_and_bad_ones_keep_nothing_from_i
         assert "--model bad: bad cannot be read" in caplog.text
         await second.serving(QWEN)
         assert [d.model for d, _ in second.started] == [QWEN]
+
+
+async def test_a_flag_of_another_node_is_not_unloaded_by_who_woke_it(tmp_path: Path) -> None:
+    store = ElectionStore(tmp_path)
+    store.load()
+    woken = Deployment(LLAMA, "org/llama", 5, OWN, cause=Cause.FLAG, shape=SHAPE)
+    store.save_deployments([woken])
+    for damage in (None, b"{}", b"["):
+        if damage is not None:
+            (tmp_path / "flags.json").write_bytes(damage)
+        stage = Stage(tmp_path)
+        async with stage.running():
+            assert stage.record() == woken
+
+
+async def test_what_an_operator_loaded_outlives_its_flag(tmp_path: Path) -> None:
+    first = Stage(tmp_path, model=("org/llama",))
+    async with first.running() as room:
+        await room.desk.load(Wish("org/llama", context=512))
+    second = Stage(tmp_path)
+    async with second.running():
+        assert (second.record().removed, second.record().context) == (False, 512)
 
 
 async def test_auto_chooses_once_and_only_for_a_mesh_with_nothing_to_do(
