@@ -72,6 +72,7 @@ class Bidding:
             tuple((m, tuple(held.items())) for m, held in facts.leases.items()),
             self._unused(facts),
             facts.weights,
+            facts.tokens_per_s,
             tuple(digests.items()),
             self._needs.engine(),
             self._shapes.changes,
@@ -143,6 +144,7 @@ class Bidding:
             leases={m: lease.memory for m, lease in self._machine.ledger.leases.items()},
             uses=uses,
             weights=_on_disk(records, view),
+            tokens_per_s=None if view.runtime is None else view.runtime.tokens_per_s,
         )
 
     def _unused(self, facts: NodeFacts) -> tuple[ModelId, ...]:

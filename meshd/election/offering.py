@@ -154,6 +154,7 @@ def _fitting(bid: Bid, found: Fit, free: Memory, node: NodeFacts) -> Offer:
         bid,
         suits=Suits.YES,
         reason=found.words,
+        accelerated=bool(found.layers) and not found.beside,
         needs_bytes=found.needed,
         free_bytes=max(found.needed, coarse(found.needed + found.headroom)),  # 6
         headroom=min((STEPS, *left)),

@@ -7,9 +7,11 @@ without talking. A node comes into the ranking of a deployment if
 2. it has no claim of the model, of any state: who hosts, gives up or failed is not asked again;
 3. it has bid for this version of the deployment, and does not say NO.
 
-The order, best first: YES before SWAP, weights on disk before none, more headroom, more speed, less
-load. What is equal in all of that is decided by a hash of the model and the node, so that models
-for which all nodes are equal spread over them, and one node's leaving moves only its own.
+The order, best first: YES before SWAP, all layers on accelerators before not, weights on disk
+before none, more headroom, more speed, less load. Accelerators come so early since what is loaded
+stays for long: weights are fetched once, and main memory, of which there is more, is slower by far.
+What is equal in all of that is decided by a hash of the model and the node, so that models for
+which all nodes are equal spread over them, and one node's leaving moves only its own.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ _PARTS = 15
 """Headroom and load count to this."""
 _SPEED_BITS = 6
 _LOT_BITS = 32
-"""All of a score is below 2^48: it survives JSON."""
+"""All of a score is below 2^49: it survives JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,7 @@ def score(model: ModelId, node: NodeId, bid: Bid) -> int:
     """The rank of a bid as one number, higher is better; figures out of range count as the nearest
     one in it. Of different nodes' bids hardly ever equal; then the higher node id is better."""
     value = 1 if bid.suits is Suits.YES else 0
+    value = value << 1 | bid.accelerated
     value = value << 1 | bid.weights
     value = value << 4 | _clamp(bid.headroom, _PARTS)
     value = value << _SPEED_BITS | _clamp(bid.speed, (1 << _SPEED_BITS) - 1)
@@ -133,6 +136,8 @@ def merit(bid: Bid) -> str:
         speed,
         f"{_clamp(bid.load, _PARTS)}/16 of its slots busy",
     ]
+    if bid.accelerated:
+        parts.insert(0, "all layers on accelerators")
     if bid.suits is Suits.SWAP:
         parts.insert(0, "after unloading idle models")
     return ", ".join(parts)
@@ -142,6 +147,8 @@ def behind(better: Bid, worse: Bid) -> str:
     """The first thing, in the order of the ranking, by which one bid comes after another."""
     if better.suits is not worse.suits:
         return "would have to unload idle models"
+    if better.accelerated != worse.accelerated:
+        return "not all of its layers would lie on accelerators"
     if better.weights != worse.weights:
         return "would have to fetch the weights"
     if better.headroom != worse.headroom:

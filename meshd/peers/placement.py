@@ -51,6 +51,7 @@ class AdvertBid(WireModel):
     version: Counter
     suits: Annotated[Suits, Field(strict=False)]
     reason: Reason = ""
+    accelerated: bool = False
     weights: bool = False
     needs_bytes: Counter = 0
     free_bytes: Counter = 0
@@ -64,6 +65,7 @@ class AdvertBid(WireModel):
             version=self.version,
             suits=self.suits,
             reason=self.reason,
+            accelerated=self.accelerated,
             weights=self.weights,
             needs_bytes=self.needs_bytes,
             free_bytes=self.free_bytes,
@@ -99,6 +101,7 @@ def bids_to_wire(bids: Iterable[Bid]) -> list[dict[str, Any]]:
         {"model": bid.model, "version": bid.version, "suits": bid.suits.value}
         | _short(
             reason=bid.reason[:MAX_REASON_CHARS],
+            accelerated=bid.accelerated,
             weights=bid.weights,
             needs_bytes=bid.needs_bytes,
             free_bytes=bid.free_bytes,

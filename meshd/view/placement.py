@@ -92,6 +92,8 @@ class Bid:
     """log2 of the tokens/s its engine made with the probe model, 0 if never measured."""
     load: int = 0
     """0..15: busy slots of the node, in sixteenths."""
+    accelerated: bool = False
+    """All layers of the model would lie on accelerators."""
 
 
 class ClaimState(StrEnum):

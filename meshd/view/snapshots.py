@@ -226,6 +226,8 @@ class RuntimeView:
     proof: ProofView
     built_for: str = "cpu"
     """The backend it was built for."""
+    tokens_per_s: float | None = None
+    """With the probe model on the device, in the run of the proof; None if there was none."""
 
 
 @dataclass(frozen=True, slots=True)

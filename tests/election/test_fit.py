@@ -226,6 +226,7 @@ def test_layers_spill_only_if_they_may() -> None:
     assert dict(found.layers) == {"CUDA0": 3}
     assert dict(found.memory) == {"CUDA0": 380, HOST: 91 + 700}
     assert "; 7 of 10 layers on the CPU (" in found.words
+    assert found.beside == 7
     with_projector = fit(replace(NEED, projector=60), places, spill=True)
     assert dict(with_projector.memory) == {"CUDA0": 340, HOST: 91 + 800}
     assert not fit(NEED, [gpu(0, 380), main(700)], spill=True).fits

@@ -69,6 +69,17 @@ def test_a_model_that_fits() -> None:
     assert offer.victims == ()
 
 
+@pytest.mark.parametrize(
+    ("layers", "beside", "accelerated"),
+    [({}, 0, False), ({"gpu": 4}, 0, True), ({"gpu": 3}, 1, False)],
+)
+def test_a_bid_says_whether_all_layers_lie_on_accelerators(
+    layers: Mapping[str, int], beside: int, accelerated: bool
+) -> None:
+    found = Fit(True, "fits", {"gpu": 1}, layers, beside, needed=1)
+    assert one(NodeFacts({"gpu": 160}), lambda *_: found).bid.accelerated is accelerated
+
+
 def test_headroom_is_that_of_the_fullest_device() -> None:
     node = NodeFacts({"gpu": 160, "host": 1600})
     assert one(node, needing(gpu=150, host=10)).bid.headroom == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -32,6 +33,7 @@ BIDS = st.builds(
     headroom=st.integers(-3, 20),
     speed=st.integers(-3, 99),
     load=st.integers(-3, 20),
+    accelerated=st.booleans(),
 )
 
 
@@ -39,6 +41,11 @@ BIDS = st.builds(
     ("better", "worse", "words"),
     [
         (bid(0, weights=False), bid(15, suits=Suits.SWAP), "would have to unload idle models"),
+        (
+            replace(bid(0, weights=False), accelerated=True),
+            bid(15),
+            "not all of its layers would lie on accelerators",
+        ),
         (bid(0), bid(15, weights=False), "would have to fetch the weights"),
         (bid(9, speed=0), bid(8, speed=9), "8/16 of its memory left over, not 9/16"),
         (bid(speed=7, load=9), bid(speed=5), "about 32 tokens/s, not 128"),
@@ -64,7 +71,7 @@ def test_the_lot_is_the_same_in_every_process() -> None:
 
 @given(BIDS)
 def test_a_score_survives_json(any_bid: Bid) -> None:
-    assert 0 <= score(M, NodeId("a"), any_bid) < 1 << 48
+    assert 0 <= score(M, NodeId("a"), any_bid) < 1 << 49
     assert merit(any_bid)
 
 

@@ -37,6 +37,8 @@ class Fit:
     """What is to be leased, by device; empty if it does not fit."""
     layers: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     """Repeating layers each accelerator holds, in the order of devices: the engine's `--device`."""
+    beside: int = 0
+    """Repeating layers that stay in main memory although there are accelerators."""
     needed: int = 0
     """All of `memory`; if it does not fit, what is needed of the devices the words name."""
     headroom: int = 0
@@ -211,6 +213,7 @@ def _judged(
         f"takes {places}{beside} ({_parts(estimate)})",
         MappingProxyType(dict(memory)),
         MappingProxyType(dict(layers)),
+        kept if layers else 0,
         needed=sum(memory.values()),
         headroom=sum(room[device] - need for device, need in memory.items()),
     )

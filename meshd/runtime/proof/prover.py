@@ -307,12 +307,13 @@ class Prover(Service):
         view = record.to_view()
         if self._evidence is None or self._proved is None or self._proved.id != record.id:
             return view
-        verdict = judge(self._evidence)
+        verdict, run = judge(self._evidence), self._evidence.runtime
         return replace(
             view,
             backend=verdict.backend,
             built_for=self._evidence.built_for,
             proof=verdict.proof,
+            tokens_per_s=None if run is None or verdict.backend == CPU else run.tokens_per_s,
         )
 
     def _view_changed(self, view: View) -> None:
