@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Iterable
 from dataclasses import replace
-from typing import Any, assert_never
+from typing import Any, Final, assert_never
 
 from meshd.election.appraisal import Appraiser
+from meshd.election.claims import highest_epoch
 from meshd.election.needs import Needs
 from meshd.election.store import ElectionStore
 from meshd.election.table import SAVE_AGAIN_S, Table
@@ -23,6 +24,7 @@ from meshd.election.words import (
     PublishClaims,
     PutToSleep,
     SaveEpoch,
+    Standing,
     StartHost,
     StopHost,
 )
@@ -30,6 +32,9 @@ from meshd.errors import MeshdError, ModelNotFound
 from meshd.ids import ModelId
 from meshd.kernel import Board, Pool
 from meshd.view import ModelState, View
+
+PLAUSIBLE_EPOCH: Final = 1 << 40
+"""More than are ever reached; higher ones were made up, and must not outlive who did."""
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +71,8 @@ class Orders:
         self._look_again = look_again
         self.disk_problem: str | None = None
         """Why no epoch can be saved, so that nothing may be claimed."""
+        self._kept: dict[ModelId, int] = {}
+        """Epochs of other nodes that are on the disk."""
         self.host_changes: Counter[tuple[ModelId, str]] = Counter()
         """By model and cause."""
 
@@ -107,6 +114,24 @@ class Orders:
                 self._post(EpochSaved(order.model, order.epoch))
                 self._look_again()
                 return
+
+    async def keep_heard(self, nodes: Collection[Standing], models: Iterable[ModelId]) -> None:
+        """Write down what epochs others claim these models with. Nothing waits for it: it counts
+        when all nodes start anew, and those that claimed last come back last."""
+        heard = {model: highest_epoch(model, nodes) for model in models}
+        news = {
+            model: epoch
+            for model, epoch in heard.items()
+            if self._kept.get(model, 0) < epoch < PLAUSIBLE_EPOCH
+        }
+        if not news:
+            return
+        try:
+            await self._pool.run(self._store.save_epochs, news)
+        except MeshdError as error:
+            log.info("epochs of other nodes are not kept: %s", error.message)
+        else:
+            self._kept.update(news)
 
     def _start(self, order: StartHost) -> None:
         model = order.deployment.model

@@ -217,6 +217,9 @@ class ElectionRoom(Service):
             if not self._open:
                 return
             self._look_at_demand()
+            if self._nodes is not None:
+                deployed = [r.model for r in self._table.records if not r.removed]
+                await self._orders.keep_heard(self._nodes, deployed)
             await self._bidding.look_for_files(self._table.records, self._pool)
             if self._settling.over:
                 await self._flags.choose()

@@ -81,10 +81,19 @@ class ElectionStore:
 
         Raises NoSpace if it cannot be written: nothing may be claimed with it then.
         """
+        self.save_epochs({model: epoch})
+
+    def save_epochs(self, epochs: Mapping[ModelId, int]) -> None:
+        """The same for several, in one write: those others claimed with are above this node's next
+        claim too, after a start at which nobody else is there to tell."""
         with self._lock:
-            if epoch <= self._epochs.get(model, self._floor):
-                return
-            self._write_epochs({**self._epochs, model: epoch}, self._floor)
+            higher = {
+                model: epoch
+                for model, epoch in epochs.items()
+                if epoch > self._epochs.get(model, self._floor)
+            }
+            if higher:
+                self._write_epochs({**self._epochs, **higher}, self._floor)
 
     def save_deployments(self, records: Iterable[Deployment]) -> None:
         """The whole table, on the disk when this returns. Raises NoSpace."""

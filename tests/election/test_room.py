@@ -108,6 +108,23 @@ async def test_what_others_host_is_left_to_them(tmp_path: Path) -> None:
         await until(lambda: stage.started, "its host is dead")
 
 
+@pytest.mark.usefixtures("quick")
+async def test_epochs_of_others_outlive_a_start_of_all(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    async with stage.running() as room:
+        stage.sees(
+            a_peer(Claim(LLAMA, 41, ClaimState.READY, 0), Claim(QWEN, 1 << 52, ClaimState.READY, 0))
+        )
+        await room.desk.load(Wish("org/llama"))
+        await room.desk.load(Wish("org/qwen"))
+        await until(lambda: ElectionStore(tmp_path).load().epochs.get(LLAMA) == 41, "it is kept")
+    assert QWEN not in ElectionStore(tmp_path).load().epochs  # nobody came so far
+    again = Stage(tmp_path)
+    async with again.running():
+        await until(lambda: again.view.claims, "it claims alone")
+        assert {c.epoch for c in again.view.claims if c.model == LLAMA} == {42}
+
+
 async def test_nothing_is_lost_that_comes_before_it_runs_or_after(tmp_path: Path) -> None:
     """The mesh is there before the election, and when it has ended."""
     stage = Stage(tmp_path)
