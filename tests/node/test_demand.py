@@ -97,7 +97,7 @@ def test_without_the_flag_a_request_loads_nothing(
     pull(daemon, environment)
     daemon.wait_state("builtin", "ready")
     daemon.unload("builtin")
-    wait_until(lambda: not daemon.engines(), what="no engine")
+    daemon.wait_state("builtin", "absent")
     for model in ("builtin", PULLED):
         status, refused = chat(daemon, model)
         assert (status, refused["error"]["code"]) == (404, "model_not_found")

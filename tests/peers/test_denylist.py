@@ -130,7 +130,7 @@ FORGED = [
     GOOD.model_copy(update={"reason": "stolen "}),
     GOOD.model_copy(update={"reason": ""}),
     GOOD.model_copy(update={"signature": bytes(64)}),
-    GOOD.model_copy(update={"signature": GOOD.signature[:-1] + b"\0"}),
+    GOOD.model_copy(update={"signature": GOOD.signature[:-1] + bytes([GOOD.signature[-1] ^ 1])}),
     GOOD.model_copy(update={"signature": HOME.statement(b"another domain")}),
     GOOD.model_copy(update={"signature": entry(NODES[0], "stolen", 7, ELSEWHERE).signature}),
 ]
