@@ -16,7 +16,7 @@ from meshd.election.appraisal import Appraiser
 from meshd.election.bidding import BUILTIN, names_a_file
 from meshd.election.deployments import Written
 from meshd.election.explain import explain
-from meshd.election.fit import budgets, fit
+from meshd.election.fit import budgets
 from meshd.election.offering import NodeFacts, offers
 from meshd.election.shapes import Shapes
 from meshd.election.standings import myself, others
@@ -241,8 +241,6 @@ class Desk:
         return replace(node, bids=MappingProxyType({deployment.model: bid}))
 
     def _guess(self, deployment: Deployment, peer: PeerView) -> Bid:
-        known = self._appraiser.counted(deployment)
-        assert known is not None, "planned with its shape"
         memories = budgets(peer.devices)
         digests = {w.digest for w in self._board.current.weights if w.model == deployment.model}
         held = not digests.isdisjoint(peer.weights) or deployment.model == BUILTIN
@@ -253,7 +251,7 @@ class Desk:
         (offer,) = offers(
             (deployment,),
             facts,
-            lambda _, free: fit(known, memories, free, spill=True),
+            lambda _, free: self._appraiser.fit(deployment, memories, free, digest=None, engine=""),
             0.0,
             bar=FILE_ELSEWHERE if names_a_file(deployment.ref) else None,
         )

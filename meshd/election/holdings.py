@@ -61,7 +61,8 @@ class Holdings:
         elif hosted.phase not in (Phase.PREPARING, Phase.READY):
             return  # it was given up; only its end is of interest
         elif event.state is ModelState.FAILED:
-            self.fail(hosted, event.reason or "its engine failed", now)
+            reason = event.reason or "its engine failed"
+            self.fail(hosted, reason, now, at_least_s=event.retry_after_s or 0.0)
         elif event.state is ModelState.READY:
             since = now if hosted.ready_at is None else hosted.ready_at
             self.put(replace(hosted, phase=Phase.READY, ready_at=since, at=None, reason=""))
@@ -92,12 +93,12 @@ class Holdings:
         self.put(replace(hosted, phase=Phase.RESTARTING, reason=reason, at=None, ready_at=None))
         self.orders.append(StopHost(hosted.model, reason, hosted.phase is Phase.READY))  # 13
 
-    def fail(self, hosted: Hosted, reason: str, now: float) -> None:
+    def fail(self, hosted: Hosted, reason: str, now: float, *, at_least_s: float = 0.0) -> None:
         """Say that it was this node's turn and why it came to nothing; end what there is of it."""
         before = self.failures.get(hosted.model, 0)
         if hosted.ready_at is not None and now - hosted.ready_at >= PROVED_S:
             before = 0
-        wait_s = backoff_s(before)
+        wait_s = max(backoff_s(before), at_least_s)
         self.failures[hosted.model] = before + 1
         failed = replace(hosted, phase=Phase.FAILED, reason=reason, at=None, ready_at=None)
         self.put(replace(failed, raising=None, retry_at=now + wait_s, backoff_s=wait_s))  # 7

@@ -107,7 +107,8 @@ class Watching:
         elif state is ModelState.ABSENT:
             self._demand.stopped(model)
             self._needs.look_at_devices()
-        self._post(HostReported(model, state, None if seen is None else seen.reason))
+        reason, wait_s = (None, None) if seen is None else (seen.reason, seen.retry_after_s)
+        self._post(HostReported(model, state, reason, wait_s))
 
     def _learn(self, model: ModelId, local: ModelView) -> None:
         """Its engine is loaded: lease what it took, and remember how that differs."""

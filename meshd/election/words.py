@@ -74,6 +74,8 @@ class HostReported:
     model: ModelId
     state: ModelState
     reason: str | None = None
+    retry_after_s: float | None = None
+    """Of FAILED: trying earlier is known to be in vain, or unwelcome."""
 
 
 @dataclass(frozen=True, slots=True)

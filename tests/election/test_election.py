@@ -568,6 +568,16 @@ def test_back_off_grows_and_is_forgotten_after_proof() -> None:
     assert election.hosted[M].backoff_s == BACKOFF_S[0]
 
 
+@pytest.mark.parametrize(("told_s", "waits_s"), [(None, 10.0), (4.0, 10.0), (3600.0, 3600.0)])
+def test_who_said_when_to_come_back_is_heeded(told_s: float | None, waits_s: float) -> None:
+    election = asking()
+    ask(election)
+    election.handle(EpochSaved(M, 1), 0.0)
+    election.handle(HostReported(M, ModelState.FAILED, "the hub is busy", told_s), 5.0)
+    assert election.hosted[M].backoff_s == waits_s
+    assert election.hosted[M].retry_at == 5.0 + waits_s
+
+
 def test_a_failed_claim_waits_for_its_engine_to_go() -> None:
     election = serving()
     report(election, ModelState.FAILED, 5.0)

@@ -176,12 +176,19 @@ async def test_an_engine_that_failed_is_shown_with_its_last_lines(tmp_path: Path
     async with stage.running() as room:
         await room.desk.load(Wish("org/llama"))
         await until(lambda: stage.started, "it is started")
-        stage.becomes(LLAMA, ModelState.FAILED, reason="out of memory", evidence=("cudaMalloc",))
+        stage.becomes(
+            LLAMA,
+            ModelState.FAILED,
+            reason="out of memory",
+            evidence=("cudaMalloc",),
+            retry_after_s=900.0,
+        )
         await until(lambda: LLAMA not in stage.view.local, "its engine is stopped")
         await until(lambda: stage.shown() is ModelState.FAILED, "it is shown")
         assert stage.view.wanted[LLAMA].reason == "out of memory"
         assert stage.view.wanted[LLAMA].evidence == ("cudaMalloc",)
         assert (stage.claim(), len(stage.started)) == ("failed", 1)
+        assert [c.retry_in_s for c in stage.view.claims] == [900.0]
 
         await room.desk.load(Wish("org/llama"))  # the same again: whoever failed tries at once
         await until(lambda: len(stage.started) == 2, "it is tried again")
