@@ -26,8 +26,9 @@ Rules, numbered as in the code:
 6. A claim starts with a lease, then a saved epoch above all that were ever seen; nobody is told and
    nothing starts before. If the turn was somebody else's meanwhile, the lease is given back.
 7. A host that failed says why and is passed over for a back-off, longer after each failure in a
-   row, and as long at least as whatever refused it asks for; a new version of the record ends it at once. A bid that the own ledger does not honour is
-   such a failure: it would otherwise be ranked first for ever.
+   row, and as long at least as whatever refused it asks for; a new version of the record ends it
+   at once. A bid that the own ledger does not honour is such a failure: it would otherwise be
+   ranked first for ever.
 8. A claim stays published until its engine is gone and its lease released.
 9. Where it may host no longer (pinned elsewhere, draining), a READY claim serves on until enough
    others do; one that is not READY ends at once. A draining node does not wait for nobody.
