@@ -24,3 +24,7 @@ RequestId = NewType("RequestId", str)
 
 RuntimeId = NewType("RuntimeId", str)
 """Directory name of an engine build below `<cache>/meshd/runtimes/`."""
+
+LoanId = NewType("LoanId", str)
+"""Memory lent to one host for one split model: `loan-` and 32 hexadecimal digits, drawn by the
+worker."""

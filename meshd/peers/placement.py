@@ -33,7 +33,7 @@ Model = Annotated[str, StringConstraints(min_length=1, max_length=MAX_MODEL_CHAR
 Reason = Annotated[str, StringConstraints(max_length=1024)]
 Load = Annotated[float, Field(ge=0, le=MAX_LOAD, allow_inf_nan=False)]
 
-_SUITS_ORDER: Final = (Suits.YES, Suits.SWAP, Suits.NO)
+_SUITS_ORDER: Final = (Suits.YES, Suits.SWAP, Suits.SPLIT, Suits.NO)
 _STATE_ORDER: Final = (
     ClaimState.READY,
     ClaimState.PREPARING,

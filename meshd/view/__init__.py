@@ -26,6 +26,7 @@ from meshd.view.snapshots import (
     View,
     WeightsView,
 )
+from meshd.view.split import Lendable, Loan, LoanAsk, Part, SplitPlan, WorkerShare
 from meshd.view.united import exact_name, union, with_local, with_peers, with_wanted
 
 __all__ = [
@@ -41,12 +42,16 @@ __all__ = [
     "HostView",
     "Layer",
     "LayerView",
+    "Lendable",
+    "Loan",
+    "LoanAsk",
     "MeshState",
     "MeshView",
     "ModelState",
     "ModelView",
     "NodeState",
     "NodeView",
+    "Part",
     "PeerModel",
     "PeerState",
     "PeerView",
@@ -54,10 +59,12 @@ __all__ = [
     "ProofView",
     "Role",
     "RuntimeView",
+    "SplitPlan",
     "Suits",
     "Target",
     "View",
     "WeightsView",
+    "WorkerShare",
     "exact_name",
     "union",
     "with_local",

@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from meshd.ids import ModelId, NodeId
+from meshd.view.split import WorkerShare
 
 if TYPE_CHECKING:
     from meshd.view.shape import ModelShape
@@ -52,6 +53,8 @@ class Deployment:
     asleep: bool = False
     """Served by nobody until it is asked for again."""
     removed: bool = False
+    split: bool = False
+    """To lie on several nodes even if one could hold it; for tests of that."""
     shape: ModelShape | None = None
     """What its memory depends on; None while nobody has said so who could read its headers."""
 
@@ -66,6 +69,8 @@ class Suits(StrEnum):
     YES = "yes"
     SWAP = "swap"
     """If it unloads models there that nobody uses."""
+    SPLIT = "split"
+    """If other nodes lend it memory."""
     NO = "no"
 
 
@@ -94,6 +99,8 @@ class Bid:
     """0..15: busy slots of the node, in sixteenths."""
     accelerated: bool = False
     """All layers of the model would lie on accelerators."""
+    workers: int = 0
+    """With SPLIT: how many nodes would lend memory."""
 
 
 class ClaimState(StrEnum):
@@ -121,3 +128,5 @@ class Claim:
     retry_in_s: float | None = None
     """Of FAILED: how long its node asks to be passed over, from when it said so; for people. It
     takes the claim back when that is over."""
+    workers: tuple[WorkerShare, ...] = ()
+    """Who lends memory for it; empty if it lies on its host alone."""

@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from meshd.ids import InstanceId, MeshId, ModelId, NodeId
 from meshd.view.placement import Bid, Claim, Deployment
+from meshd.view.split import Lendable, WorkerShare
 
 
 class NodeState(StrEnum):
@@ -96,6 +97,8 @@ class HostView:
     """Bytes by device, as the engine said after loading; empty where that is not known."""
     offloaded: tuple[int, int] | None = None
     """Layers on accelerators, of all; None as above, and on the CPU."""
+    workers: tuple[WorkerShare, ...] = ()
+    """Nodes that lend memory for it; empty if it lies on its host alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,6 +323,10 @@ class PeerView:
     claims: tuple[Claim, ...] = ()
     demand: tuple[tuple[ModelId, float], ...] = ()
     """Slots of each model that its clients keep busy, wherever the engines are."""
+    lends: tuple[Lendable, ...] = ()
+    """Memory that other nodes' models may lie in; none of a client node."""
+    rpc_protocol: str | None = None
+    """Of its engine; None if it has none, or one that cannot lend."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,5 +357,7 @@ class View:
     """As `bids`."""
     demand: tuple[tuple[ModelId, float], ...] = ()
     """Of this node's own clients, as `PeerView.demand`."""
+    lends: tuple[Lendable, ...] = ()
+    """Memory of this node that other nodes' models may lie in; other nodes are told."""
     wanted: Mapping[ModelId, ModelView] = field(default_factory=lambda: MappingProxyType({}))
     """Deployments as they look while no node works on them: why they wait, sleep or failed."""
