@@ -259,9 +259,19 @@ class Relay:
         lines = self._node_lines.get(target.instance)
         if lines is None:
             where = "local" if target.local else "remote"
+            if workers := self._workers(target):
+                where += f"; workers={workers}"
             lines = f"x-meshd-node: {target.node}\r\nx-meshd-route: {where}\r\n".encode("latin-1")
             self._node_lines[target.instance] = lines
         return lines
+
+    def _workers(self, target: Target) -> str:
+        """Who lends memory for that engine, with their shares: `b:0.34,c:0.33`; empty if nobody
+        does."""
+        model = self._models.get(target.model)
+        hosts = () if model is None else model.hosts
+        host = next((h for h in hosts if h.node == target.node), None)
+        return ",".join(f"{w.name}:{w.share:.2f}" for w in (host.workers if host else ()))
 
     def finished(self, exchange: Exchange, outcome: str, bytes_out: int) -> None:
         """Called once by every exchange, when it is DONE."""

@@ -182,11 +182,19 @@ def _host(host: HostView) -> dict[str, Any]:
         "slots_free": host.slots_free,
         "memory": dict(host.memory),
         "offloaded": host.offloaded,
-        "plan": {
-            "kind": "solo",
-            "workers": [{"node": host.node, "share": 1.0, "bytes": host.bytes_on_disk}],
-        },
+        "plan": _plan(host),
     }
+
+
+def _plan(host: HostView) -> dict[str, Any]:
+    """Who holds the model: its host alone, or workers with it. `share`: of the layers, by bytes;
+    what the workers do not hold is the host's. `bytes`: of a host alone its weights, of workers
+    the memory they lend."""
+    if not host.workers:
+        alone = {"node": host.node, "share": 1.0, "bytes": host.bytes_on_disk}
+        return {"kind": "solo", "workers": [alone]}
+    workers = [{"node": w.name, "share": w.share, "bytes": w.bytes} for w in host.workers]
+    return {"kind": "split", "workers": workers}
 
 
 def fetch(now: FetchView) -> dict[str, Any]:

@@ -18,14 +18,17 @@ from meshd.peers.placement import (
     MAX_BIDS,
     MAX_CLAIMS,
     MAX_DEMAND,
+    MAX_LENDS,
     AdvertBid,
     AdvertClaim,
+    AdvertLendable,
     Load,
     Model,
     Placement,
     bids_to_wire,
     claims_to_wire,
     demand_to_wire,
+    lends_to_wire,
 )
 from meshd.view import (
     DeviceView,
@@ -156,6 +159,8 @@ class Advert(_Peer):
     claims: Annotated[list[AdvertClaim], Field(max_length=MAX_CLAIMS)] = []
     demand: Annotated[dict[Model, Load], Field(max_length=MAX_DEMAND)] = {}
     """Slots of each model that its clients keep busy."""
+    lends: Annotated[list[AdvertLendable], Field(max_length=MAX_LENDS)] = []
+    """Memory that models of other nodes may lie in."""
 
 
 def describe(view: View, name: str, role: Role) -> dict[str, Any]:
@@ -200,6 +205,7 @@ def describe(view: View, name: str, role: Role) -> dict[str, Any]:
     body["weights"] = list(digests)[:MAX_WEIGHTS]
     body["bids"] = bids_to_wire(view.bids)
     body["claims"] = claims_to_wire(view.claims)
+    body["lends"] = lends_to_wire(view.lends)
     make_fit(body)
     return body
 
@@ -209,7 +215,7 @@ def told_of(view: View) -> tuple[object, ...]:
     node = view.node
     return (
         node.version, node.state, view.runtime, view.devices, view.local, view.weights, view.bids,
-        view.claims, view.demand,
+        view.claims, view.demand, view.lends,
     )  # fmt: skip
 
 
@@ -268,7 +274,12 @@ class AdvertBook:
         return frozenset(advert.weights)
 
     def placement(self, node: NodeId) -> Placement:
-        return self._placement.get(node, ((), (), ()))
+        return self._placement.get(node, Placement())
+
+    def rpc_protocol(self, node: NodeId) -> str | None:
+        """Of its engine; None of a node that runs none."""
+        advert = self.get(node)
+        return None if advert is None or advert.role is Role.CLIENT else advert.rpc_protocol
 
     def runs_on(self, node: NodeId) -> tuple[str, ProofView | None]:
         """What its models run on, and the evidence it gives; `cpu` for all that gives none, or
@@ -296,10 +307,11 @@ def slots_from_wire(value: Any) -> dict[str, int]:
 def _placement(advert: Advert) -> Placement:
     demand = tuple((ModelId(model), load) for model, load in advert.demand.items())
     if advert.role is Role.CLIENT:
-        return (), (), demand
+        return Placement(demand=demand)
     bids = {bid.model: bid.to_view() for bid in advert.bids}
     claims = {claim.model: claim.to_view() for claim in advert.claims}
-    return tuple(bids.values()), tuple(claims.values()), demand
+    lends = tuple(lend.to_view() for lend in advert.lends)
+    return Placement(tuple(bids.values()), tuple(claims.values()), demand, lends)
 
 
 def _proof(runtime: RuntimeView) -> dict[str, Any]:

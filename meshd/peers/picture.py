@@ -35,7 +35,7 @@ def picture(
     for node, standing in members.items():
         advert = adverts.get(node)
         backend, proof = adverts.runs_on(node)
-        bids, claims, demand = adverts.placement(node)
+        placement = adverts.placement(node)
         peers.append(
             PeerView(
                 id=node,
@@ -51,9 +51,11 @@ def picture(
                 weights=adverts.weights(node),
                 backend=backend,
                 proof=proof,
-                bids=bids,
-                claims=claims,
-                demand=demand,
+                bids=placement.bids,
+                claims=placement.claims,
+                demand=placement.demand,
+                lends=placement.lends,
+                rpc_protocol=adverts.rpc_protocol(node),
             )
         )
     return names[own], tuple(sorted(peers, key=lambda p: (p.name, p.id)))

@@ -1,5 +1,5 @@
-"""What a node says of what it hosts, could host and is asked for, as JSON in its advert: bids,
-claims and demand. Pure.
+"""What a node says of what it hosts, could host, lends and is asked for, as JSON in its advert:
+bids, claims, memory it lends and demand. Pure.
 
 Everything that is read is bounded, and unknown fields are ignored. What is written is as short as
 it can be: fields that have their usual value are left out.
@@ -8,17 +8,21 @@ it can be: fields that have their usual value are left out.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Final, TypeAlias
+from dataclasses import dataclass
+from typing import Annotated, Any, Final
 
 from pydantic import Field, StringConstraints
 
-from meshd.ids import ModelId
+from meshd.ids import ModelId, NodeId
 from meshd.peers.trust.wire import WireModel
-from meshd.view import Bid, Claim, ClaimState, Suits
+from meshd.view import Bid, Claim, ClaimState, Lendable, Suits, WorkerShare
 
 MAX_BIDS: Final = 256
 MAX_CLAIMS: Final = 256
 MAX_DEMAND: Final = 256
+MAX_LENDS: Final = 64
+MAX_WORKERS: Final = 16
+"""Of one claim; an engine knows no more."""
 MAX_LOAD: Final = 65_536.0
 """Slots that one node's clients can be said to keep busy of one model."""
 MAX_MODEL_CHARS: Final = 256
@@ -42,8 +46,15 @@ _STATE_ORDER: Final = (
 )
 
 
-Placement: TypeAlias = tuple[tuple[Bid, ...], tuple[Claim, ...], tuple[tuple[ModelId, float], ...]]
-"""A node's bids, its claims, and the demand of its clients."""
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What one node says of it."""
+
+    bids: tuple[Bid, ...] = ()
+    claims: tuple[Claim, ...] = ()
+    demand: tuple[tuple[ModelId, float], ...] = ()
+    """Of its clients."""
+    lends: tuple[Lendable, ...] = ()
 
 
 class AdvertBid(WireModel):
@@ -58,6 +69,7 @@ class AdvertBid(WireModel):
     headroom: Sixteenths = 0
     speed: Annotated[int, Field(ge=0, le=63)] = 0
     load: Sixteenths = 0
+    workers: Annotated[int, Field(ge=0, le=MAX_WORKERS)] = 0
 
     def to_view(self) -> Bid:
         return Bid(
@@ -72,7 +84,29 @@ class AdvertBid(WireModel):
             headroom=self.headroom,
             speed=self.speed,
             load=self.load,
+            workers=self.workers,
         )
+
+
+class AdvertWorker(WireModel):
+    """Of a claim: who lends memory for it."""
+
+    node: Annotated[str, StringConstraints(pattern=r"^[a-z2-7]{52}$")]
+    name: Annotated[str, StringConstraints(max_length=256)]
+    share: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+    bytes: Counter
+
+    def to_view(self) -> WorkerShare:
+        return WorkerShare(NodeId(self.node), self.name, self.share, self.bytes)
+
+
+class AdvertLendable(WireModel):
+    device: Annotated[str, StringConstraints(min_length=1, max_length=256)]
+    free_bytes: Counter = 0
+    accelerator: bool = False
+
+    def to_view(self) -> Lendable:
+        return Lendable(self.device, self.free_bytes, self.accelerator)
 
 
 class AdvertClaim(WireModel):
@@ -82,6 +116,7 @@ class AdvertClaim(WireModel):
     score: Counter
     reason: Reason = ""
     retry_in_s: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    workers: list[AdvertWorker] = Field(default_factory=list, max_length=MAX_WORKERS)
 
     def to_view(self) -> Claim:
         return Claim(
@@ -91,6 +126,7 @@ class AdvertClaim(WireModel):
             score=self.score,
             reason=self.reason,
             retry_in_s=self.retry_in_s,
+            workers=tuple(worker.to_view() for worker in self.workers),
         )
 
 
@@ -108,6 +144,7 @@ def bids_to_wire(bids: Iterable[Bid]) -> list[dict[str, Any]]:
             headroom=bid.headroom,
             speed=bid.speed,
             load=bid.load,
+            workers=min(bid.workers, MAX_WORKERS),
         )
         for bid in kept
     ]
@@ -127,8 +164,21 @@ def claims_to_wire(claims: Iterable[Claim]) -> list[dict[str, Any]]:
             reason=claim.reason[:MAX_REASON_CHARS],
             # Whole seconds: it is for people, and an advert a decimal would be noise.
             retry_in_s=None if claim.retry_in_s is None else float(round(claim.retry_in_s)),
+            workers=[
+                {"node": w.node, "name": w.name, "share": round(w.share, 4), "bytes": w.bytes}
+                for w in claim.workers[:MAX_WORKERS]
+            ],
         )
         for claim in kept
+    ]
+
+
+def lends_to_wire(lends: Iterable[Lendable]) -> list[dict[str, Any]]:
+    """At most MAX_LENDS; full-policy: the first ones stay."""
+    return [
+        {"device": lend.device[:256]}
+        | _short(free_bytes=lend.free_bytes, accelerator=lend.accelerator)
+        for lend in tuple(lends)[:MAX_LENDS]
     ]
 
 
@@ -142,5 +192,5 @@ def demand_to_wire(demand: Iterable[tuple[ModelId, float]]) -> dict[str, float]:
 
 
 def _short(**fields: Any) -> dict[str, Any]:
-    """Without what reads as its default when it is missing: None, False, 0 and ''."""
+    """Without what reads as its default when it is missing: None, False, 0, '' and []."""
     return {name: value for name, value in fields.items() if value}

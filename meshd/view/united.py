@@ -19,6 +19,7 @@ from meshd.view.snapshots import (
     Target,
     View,
 )
+from meshd.view.split import WorkerShare
 
 T = TypeVar("T")
 
@@ -179,9 +180,15 @@ def _same_models(old: tuple[PeerView, ...], new: tuple[PeerView, ...]) -> bool:
             (a.id, a.name, a.state, a.draining) == (b.id, b.name, b.state, b.draining)
             and a.models == b.models
             and (not b.draining or a.claims == b.claims)
+            and _split(a) == _split(b)
         )
         for a, b in zip(old, new, strict=True)
     )
+
+
+def _split(peer: PeerView) -> list[tuple[ModelId, tuple[WorkerShare, ...]]]:
+    """Who lends memory for what it hosts."""
+    return [(claim.model, claim.workers) for claim in peer.claims if claim.workers]
 
 
 def _in_step(view: View) -> View:
@@ -258,6 +265,7 @@ def _hosts(parts: list[_Found]) -> Iterator[HostView]:
                 bytes_on_disk=theirs.bytes_on_disk,
                 memory=theirs.memory,
                 offloaded=theirs.offloaded,
+                workers=next((c.workers for c in peer.claims if c.model == theirs.id), ()),
             )
 
 

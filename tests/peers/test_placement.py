@@ -35,6 +35,7 @@ from meshd.view import (
     Claim,
     ClaimState,
     HostView,
+    Lendable,
     ModelState,
     ModelView,
     NodeState,
@@ -44,25 +45,31 @@ from meshd.view import (
     Suits,
     Target,
     View,
+    WorkerShare,
 )
 
 A, B = NodeId("a" * 52), NodeId("b" * 52)
 M = ModelId("m")
 BID = Bid(M, 7, Suits.YES, "fits", True, 4 << 30, 16 << 30, 12, 6, 1)
 CLAIM = Claim(M, 3, ClaimState.READY, 1 << 47, "weights on disk")
+LENDS = (Lendable("CUDA0", 7 << 30, True), Lendable("CPU", 0, False))
 DEMAND = ((M, 2.5), (ModelId("n"), 0.25))
 
 names = st.text(min_size=1, max_size=256).map(ModelId)
 counters = st.integers(0, (1 << 53) - 1)
 sixteenths = st.integers(0, 15)
+workers = st.builds(
+    WorkerShare, st.sampled_from((A, B)), st.text(max_size=256),
+    st.integers(0, 10_000).map(lambda share: share / 10_000), counters,
+)  # fmt: skip
 reasons = st.text(max_size=MAX_REASON_CHARS)
 bids = st.builds(
     Bid, names, counters, st.sampled_from(Suits), reasons, st.booleans(), counters, counters,
-    sixteenths, st.integers(0, 63), sixteenths,
+    sixteenths, st.integers(0, 63), sixteenths, st.booleans(), st.integers(0, 16),
 )  # fmt: skip
 claims = st.builds(
     Claim, names, counters, st.sampled_from(ClaimState), counters, reasons,
-    st.none() | st.integers(1, 300).map(float),
+    st.none() | st.integers(1, 300).map(float), st.lists(workers, max_size=16).map(tuple),
 )  # fmt: skip
 
 
@@ -86,12 +93,12 @@ def view(*, models: int = 0, idle: int = 0, **said: Any) -> View:
 
 
 def told(body: dict[str, Any], role: Role = Role.MEMBER) -> Placement:
-    """Bids, claims and demand as another node's view shows them."""
+    """What it says of models as another node's view shows it."""
     book = AdvertBook()
     advert = Advert.model_validate(orjson.loads(orjson.dumps({**body, "role": role.value})))
     assert book.put(A, 1, advert, {})
     _, (peer,) = picture({A: Standing(PeerState.ALIVE, ())}, book, {}, B, "two")
-    return peer.bids, peer.claims, peer.demand
+    return Placement(peer.bids, peer.claims, peer.demand, peer.lends)
 
 
 @given(bids)
@@ -107,8 +114,9 @@ def test_a_claim_comes_out_as_it_went_in(claim: Claim) -> None:
 
 
 def test_other_nodes_see_them() -> None:
-    body = describe(view(bids=(BID,), claims=(CLAIM,), demand=DEMAND), "one", Role.MEMBER)
-    assert told(body) == ((BID,), (CLAIM,), DEMAND)
+    said = view(bids=(BID,), claims=(CLAIM,), demand=DEMAND, lends=LENDS)
+    body = describe(said, "one", Role.MEMBER)
+    assert told(body) == Placement((BID,), (CLAIM,), DEMAND, LENDS)
 
 
 def test_what_says_the_same_is_the_same_advert() -> None:
@@ -122,9 +130,9 @@ def test_what_says_the_same_is_the_same_advert() -> None:
 
 def test_what_an_advert_is_made_of_is_all_that_it_reads() -> None:
     """Whatever of a view is not among it may change without changing the advert."""
-    said = view(models=1, bids=(BID,), claims=(CLAIM,), demand=DEMAND)
+    said = view(models=1, bids=(BID,), claims=(CLAIM,), demand=DEMAND, lends=LENDS)
     nothing = dict.fromkeys(View.__dataclass_fields__, None)
-    kept = ("node", "runtime", "devices", "local", "weights", "bids", "claims", "demand")
+    kept = ("node", "runtime", "devices", "local", "weights", "bids", "claims", "demand", "lends")
     rest: Any = SimpleNamespace(**nothing | {name: getattr(said, name) for name in kept})
     rest.node = SimpleNamespace(version=said.node.version, state=said.node.state)
     assert describe(rest, "one", Role.MEMBER) == describe(said, "one", Role.MEMBER)
@@ -133,15 +141,15 @@ def test_what_an_advert_is_made_of_is_all_that_it_reads() -> None:
 
 
 def test_a_client_neither_says_them_nor_is_believed() -> None:
-    said = view(bids=(BID,), claims=(CLAIM,))
-    assert not {"bids", "claims"} & describe(said, "one", Role.CLIENT).keys()
-    assert told(describe(said, "one", Role.MEMBER), Role.CLIENT) == ((), (), ())
+    said = view(bids=(BID,), claims=(CLAIM,), lends=LENDS)
+    assert not {"bids", "claims", "lends"} & describe(said, "one", Role.CLIENT).keys()
+    assert told(describe(said, "one", Role.MEMBER), Role.CLIENT) == Placement()
 
 
 def test_a_client_s_clients_count() -> None:
     said = view(bids=(BID,), claims=(CLAIM,), demand=DEMAND)
-    assert told(describe(said, "one", Role.CLIENT), Role.CLIENT) == ((), (), DEMAND)
-    assert told(describe(said, "one", Role.MEMBER), Role.CLIENT) == ((), (), DEMAND)
+    assert told(describe(said, "one", Role.CLIENT), Role.CLIENT) == Placement(demand=DEMAND)
+    assert told(describe(said, "one", Role.MEMBER), Role.CLIENT) == Placement(demand=DEMAND)
 
 
 def test_order_and_what_is_no_load_are_no_news_of_demand() -> None:
@@ -164,7 +172,7 @@ def test_of_too_much_demand_the_greatest_stays_within_what_others_read() -> None
 def test_the_last_one_of_a_model_counts() -> None:
     body = describe(view(bids=(BID,), claims=(CLAIM,)), "one", Role.MEMBER)
     later = {**body["claims"][0], "epoch": 4}
-    assert told({**body, "claims": [*body["claims"], later]})[1] == (replace(CLAIM, epoch=4),)
+    assert told({**body, "claims": [*body["claims"], later]}).claims == (replace(CLAIM, epoch=4),)
 
 
 def test_they_go_with_the_advert_they_came_with() -> None:
@@ -172,11 +180,11 @@ def test_they_go_with_the_advert_they_came_with() -> None:
     body = describe(view(bids=(BID,), claims=(CLAIM,), demand=DEMAND), "one", Role.MEMBER)
     assert book.put(A, 1, Advert.model_validate(body), {})
     assert not book.put(A, 1, Advert.model_validate({**body, "bids": []}), {})
-    assert book.placement(A) == ((BID,), (CLAIM,), DEMAND)
+    assert book.placement(A) == Placement((BID,), (CLAIM,), DEMAND)
     assert book.put(A, 2, Advert.model_validate({**body, "bids": []}), {})
-    assert book.placement(A) == ((), (CLAIM,), DEMAND)
+    assert book.placement(A) == Placement((), (CLAIM,), DEMAND)
     book.forget(A)
-    assert book.placement(A) == ((), (), ())
+    assert book.placement(A) == Placement()
 
 
 def test_of_too_many_the_ones_that_matter_most_stay() -> None:
