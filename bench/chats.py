@@ -5,7 +5,9 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 Where = int | Path
 """A port of 127.0.0.1, or the path of a unix socket."""
@@ -15,11 +17,27 @@ def chat_status(where: Where, model: str, *, limit_s: float = 30.0) -> int | Non
     """Status of a chat of one token, or None if there was no answer."""
     messages = [{"role": "user", "content": "a"}]
     body = json.dumps({"model": model, "messages": messages, "max_tokens": 1})
-    return _status(where, "POST", "/v1/chat/completions", body, limit_s)
+    answer = _exchange(where, "POST", "/v1/chat/completions", body, limit_s)
+    return None if answer is None else answer[0]
 
 
 def get_status(where: Where, path: str, *, limit_s: float = 30.0) -> int | None:
-    return _status(where, "GET", path, None, limit_s)
+    answer = _exchange(where, "GET", path, None, limit_s)
+    return None if answer is None else answer[0]
+
+
+def greedy(
+    where: Where, prompt: str | Sequence[int], tokens: int, *, limit_s: float = 120.0
+) -> dict[str, Any] | None:
+    """What an engine itself says to so many of the likeliest tokens after `prompt` (text or
+    tokens), of which it remembers nothing: `tokens`, and `timings`. None without a good answer."""
+    wanted = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "ignore_eos": True}
+    wanted |= {"return_tokens": True, "cache_prompt": False}
+    answer = _exchange(where, "POST", "/completion", json.dumps(wanted), limit_s)
+    if answer is None or answer[0] != 200:
+        return None
+    found: dict[str, Any] = json.loads(answer[1])
+    return found
 
 
 class _Connection(http.client.HTTPConnection):
@@ -36,15 +54,17 @@ class _Connection(http.client.HTTPConnection):
             self.sock = socket.create_connection(("127.0.0.1", self._where), self.timeout)
 
 
-def _status(where: Where, method: str, path: str, body: str | None, limit_s: float) -> int | None:
+def _exchange(
+    where: Where, method: str, path: str, body: str | None, limit_s: float
+) -> tuple[int, bytes] | None:
+    """Status and body of the answer."""
     connection = _Connection(where, limit_s)
     headers = {"Content-Type": "application/json", "Connection": "close"}
     try:
         connection.request(method, path, body, headers)
         answer = connection.getresponse()
-        answer.read()
+        return answer.status, answer.read()
     except (OSError, http.client.HTTPException):
         return None
     finally:
         connection.close()
-    return answer.status

@@ -110,7 +110,7 @@ def write_model(
     writer.add_rope_dimension_count(head)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    vocabulary = _add_vocabulary(writer)
+    vocabulary = add_vocabulary(writer)
 
     state = seed
 
@@ -147,7 +147,7 @@ def write_model(
     writer.close()
 
 
-def _add_vocabulary(writer: Any) -> int:
+def add_vocabulary(writer: Any) -> int:
     """SentencePiece-like: specials, 256 byte tokens, the space mark and printable ASCII."""
     import gguf
 
