@@ -21,10 +21,11 @@ from meshd.election.ranking import (
     not_ranked,
     order,
     rank,
+    suits_less,
 )
 from meshd.election.words import Standing
 from meshd.ids import ModelId, NodeId
-from meshd.view import ClaimState, Deployment, Suits
+from meshd.view import ClaimState, Deployment
 
 _NAMED = 3
 """Other nodes named in one line; of the rest only the number is said."""
@@ -138,8 +139,8 @@ def _candidate(ranking: Sequence[Ranked], place: int, gap: int) -> NodePlan:
     node, bid, why = own.node, own.bid, merit(own.bid)
     if place:
         why = f"{behind(ranking[0].bid, bid)} ({why})"
-    swap_too_soon = bid.suits is Suits.SWAP and ranking[0].bid.suits is Suits.YES
-    verdict = Verdict.NEXT if place < gap and not swap_too_soon else Verdict.STANDS_BY
+    too_soon = suits_less(bid, ranking[0].bid)
+    verdict = Verdict.NEXT if place < gap and not too_soon else Verdict.STANDS_BY
     needs, free = bid.needs_bytes, bid.free_bytes
     return NodePlan(node.node, node.name, verdict, why, own.score, None, needs, free)
 

@@ -1,10 +1,12 @@
 """A node's own book of its devices' memory: what an engine may use is leased here first. Pure.
 
+A lease is held by a model that this node hosts, or by a loan to another node's.
+
 Sizes are bytes, devices are named as the engine calls them, times are the caller's monotonic
 seconds. Rules, numbered as in the code:
 
 1. A lease is granted on all its devices or on none: half a model is no use to anybody.
-2. A model has at most one lease. A second one replaces the first if it fits where the first one
+2. A holder has at most one lease. A second one replaces the first if it fits where the first one
    was; otherwise the first one stays as it is.
 3. A device that is not in the capacity has 0 bytes; nothing can be leased of it.
 4. What an engine was measured to take is true whether it fits or not. A device can be overcommitted
@@ -18,16 +20,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import TypeAlias
 
-from meshd.ids import ModelId
+from meshd.ids import LoanId, ModelId
 from meshd.sizes import format_size
+
+Holder: TypeAlias = ModelId | LoanId
+"""Loans have names no model can have by chance (`LoanId`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Memory granted to one model."""
+    """Memory granted to one holder."""
 
-    model: ModelId
+    holder: Holder
     epoch: int
     """Of the claim it was granted for."""
     memory: Mapping[str, int]
@@ -53,14 +59,14 @@ class Ledger:
 
     def __init__(self) -> None:
         self._capacity: dict[str, int] = {}
-        self._leases: dict[ModelId, Lease] = {}
+        self._leases: dict[Holder, Lease] = {}
 
     @property
-    def leases(self) -> Mapping[ModelId, Lease]:
+    def leases(self) -> Mapping[Holder, Lease]:
         return MappingProxyType(self._leases)
 
-    def holds(self, model: ModelId) -> bool:
-        return model in self._leases
+    def holds(self, holder: Holder) -> bool:
+        return holder in self._leases
 
     def leased(self) -> Mapping[str, int]:
         """Of each device of the capacity or of a lease, in the order of their names."""
@@ -94,18 +100,18 @@ class Ledger:
 
     def lease(
         self,
-        model: ModelId,
+        holder: Holder,
         epoch: int,
         memory: Mapping[str, int],
         now: float,
         until: float | None = None,
     ) -> Shortage | None:
-        """Grant `memory` to `model`, or say what is short and change nothing. Raises ValueError if
+        """Grant `memory` to `holder`, or say what is short and change nothing. Raises ValueError if
         it would be over at once."""
         if until is not None and until <= now:
-            raise ValueError(f"a lease of {model} until {until}, asked for at {now}")
+            raise ValueError(f"a lease of {holder} until {until}, asked for at {now}")
         wanted = _checked(memory)
-        taken = self._leased_but(model)  # 2
+        taken = self._leased_but(holder)  # 2
         short = [
             Shortage(device, needed, free)
             for device, needed in wanted.items()
@@ -113,36 +119,36 @@ class Ledger:
         ]
         if short:  # 1, 3, 4
             return max(short, key=lambda s: (s.needed - s.free, s.device))
-        self._leases[model] = Lease(model, epoch, wanted, until)
+        self._leases[holder] = Lease(holder, epoch, wanted, until)
         return None
 
-    def measure(self, model: ModelId, memory: Mapping[str, int]) -> bool:
-        """Correct the lease of `model` by what its engine takes (4); whether that changed it. What
-        is said of a model without a lease came after its end, and is of no more interest."""
+    def measure(self, holder: Holder, memory: Mapping[str, int]) -> bool:
+        """Correct the lease of `holder` by what its engine takes (4); whether that changed it. What
+        is said of a holder without a lease came after its end, and is of no more interest."""
         measured = _checked(memory)
-        before = self._leases.get(model)
+        before = self._leases.get(holder)
         if before is None or before.memory == measured:
             return False
-        self._leases[model] = replace(before, memory=measured)
+        self._leases[holder] = replace(before, memory=measured)
         return True
 
-    def release(self, model: ModelId) -> bool:
-        """End the lease of `model`; whether there was one."""
-        return self._leases.pop(model, None) is not None
+    def release(self, holder: Holder) -> bool:
+        """End the lease of `holder`; whether there was one."""
+        return self._leases.pop(holder, None) is not None
 
-    def expire(self, now: float) -> tuple[ModelId, ...]:
-        """End the leases whose time is over (5), and name their models."""
+    def expire(self, now: float) -> tuple[Holder, ...]:
+        """End the leases whose time is over (5), and name their holders."""
         over = tuple(
-            e.model for e in self._leases.values() if e.until is not None and e.until <= now
+            e.holder for e in self._leases.values() if e.until is not None and e.until <= now
         )
-        for model in over:
-            del self._leases[model]
+        for holder in over:
+            del self._leases[holder]
         return over
 
-    def _leased_but(self, excepted: ModelId | None) -> Mapping[str, int]:
+    def _leased_but(self, excepted: Holder | None) -> Mapping[str, int]:
         total = dict.fromkeys(self._capacity, 0)
         for lease in self._leases.values():
-            if lease.model != excepted:
+            if lease.holder != excepted:
                 for device, size in lease.memory.items():
                     total[device] = total.get(device, 0) + size
         return MappingProxyType(dict(sorted(total.items())))

@@ -7,7 +7,7 @@ without talking. A node comes into the ranking of a deployment if
 2. it has no claim of the model, of any state: who hosts, gives up or failed is not asked again;
 3. it has bid for this version of the deployment, and does not say NO.
 
-The order, best first: YES before SWAP, all layers on accelerators before not, weights on disk
+The order, best first: YES before SWAP before SPLIT, of those fewer workers, all layers on accelerators before not, weights on disk
 before none, more headroom, more speed, less load. Accelerators come so early since what is loaded
 stays for long: weights are fetched once, and main memory, of which there is more, is slower by far.
 What is equal in all of that is decided by a hash of the model and the node, so that models for
@@ -26,9 +26,12 @@ from meshd.view import Bid, Deployment, Suits
 
 _PARTS = 15
 """Headroom and load count to this."""
+_WORKERS = 7
+"""More count as so many."""
 _SPEED_BITS = 6
 _LOT_BITS = 32
-"""All of a score is below 2^49: it survives JSON."""
+"""All of a score is below 2^53: it survives JSON."""
+_SUITS = {Suits.YES: 3, Suits.SWAP: 2, Suits.SPLIT: 1, Suits.NO: 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,8 @@ class Ranked:
 def score(model: ModelId, node: NodeId, bid: Bid) -> int:
     """The rank of a bid as one number, higher is better; figures out of range count as the nearest
     one in it. Of different nodes' bids hardly ever equal; then the higher node id is better."""
-    value = 1 if bid.suits is Suits.YES else 0
+    value = _SUITS[bid.suits]
+    value = value << 3 | _WORKERS - _clamp(bid.workers, _WORKERS)
     value = value << 1 | bid.accelerated
     value = value << 1 | bid.weights
     value = value << 4 | _clamp(bid.headroom, _PARTS)
@@ -105,18 +109,24 @@ def comes_next(
     deployment: Deployment, own: Ranked, others: Iterable[Standing], places: int
 ) -> bool:
     """Whether `own` is among the first `places` of the ranking. A SWAP is never while somebody says
-    YES: what would be unloaded for it may stay."""
+    YES: what would be unloaded for it may stay; and a SPLIT never while somebody can host it
+    alone."""
     before = 0
     for node in others:
         other = ranked(node, deployment)
         if other is None or order(other) < order(own):
             continue
-        if own.bid.suits is Suits.SWAP and other.bid.suits is Suits.YES:
+        if suits_less(own.bid, other.bid):
             return False
         before += 1
         if before >= places:
             return False
     return places > 0
+
+
+def suits_less(one: Bid, other: Bid) -> bool:
+    """Whether `one` is of a lower kind, whatever the figures of both are."""
+    return _SUITS[one.suits] < _SUITS[other.suits]
 
 
 def all_have_bid(deployment: Deployment, nodes: Iterable[Standing]) -> bool:
@@ -140,13 +150,17 @@ def merit(bid: Bid) -> str:
         parts.insert(0, "all layers on accelerators")
     if bid.suits is Suits.SWAP:
         parts.insert(0, "after unloading idle models")
+    elif bid.suits is Suits.SPLIT:
+        parts.insert(0, f"with memory of {_nodes(bid.workers)}")
     return ", ".join(parts)
 
 
 def behind(better: Bid, worse: Bid) -> str:
     """The first thing, in the order of the ranking, by which one bid comes after another."""
-    if better.suits is not worse.suits:
+    if better.suits is not worse.suits and worse.suits is Suits.SWAP:
         return "would have to unload idle models"
+    if better.suits is not worse.suits or better.workers != worse.workers:
+        return f"would need memory of {_nodes(worse.workers)}"
     if better.accelerated != worse.accelerated:
         return "not all of its layers would lie on accelerators"
     if better.weights != worse.weights:
@@ -158,6 +172,10 @@ def behind(better: Bid, worse: Bid) -> str:
     if better.load != worse.load:
         return f"{worse.load}/16 of its slots busy, not {better.load}/16"
     return "equal; the lot decided"
+
+
+def _nodes(count: int) -> str:
+    return "another node" if count == 1 else f"{count} other nodes"
 
 
 def _clamp(value: int, top: int) -> int:

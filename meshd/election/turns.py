@@ -4,7 +4,7 @@ A node that bids YES and never claims would otherwise hold a model up for as lon
 Rules, numbered as in the code:
 
 1. It is the turn of those first in the ranking, as many as there are places to be filled, for as
-   long as they say YES and claim nothing, and this node would claim, or give up, but for them.
+   long as they say YES or SPLIT and claim nothing, and this node would claim, or give up, but for them.
 2. Who had its turn for `TURN_S` is passed over for `PASSED_S`, as if it had said nothing. Then it
    is the turn of the next one, so that of many who wait one claims.
 3. Who says SWAP is waited for: it may be waiting for requests of those it makes room.
@@ -30,6 +30,8 @@ PASSED_S: Final = 300.0
 """As long as the longest back-off of a node that says why it fails."""
 LAST_S: Final = 2.0
 """How long a gap must last before anybody is timed; most are filled before."""
+_AT_ONCE: Final = (Suits.YES, Suits.SPLIT)
+"""Who says so claims when it is its turn."""
 
 
 @dataclass(slots=True)
@@ -137,7 +139,7 @@ def _look(
     first = [
         r.node.node
         for r in rank(deployment, _believed(watch, others))[:places]
-        if r.bid.suits is Suits.YES  # 3
+        if r.bid.suits in _AT_ONCE  # 3
     ]
     turns = {node: watch.turns.get(node, now + TURN_S) for node in first}
     late = [node for node, until in turns.items() if until <= now]
@@ -148,4 +150,4 @@ def _look(
 
 def _says_yes(other: Standing, deployment: Deployment) -> bool:
     found = ranked(other, deployment)
-    return found is not None and found.bid.suits is Suits.YES
+    return found is not None and found.bid.suits in _AT_ONCE

@@ -301,7 +301,7 @@ def test_3_of_two_with_one_epoch_the_one_that_stands_takes_a_higher_one_once() -
 
 
 def test_3_of_two_with_one_epoch_the_one_that_loses_takes_none() -> None:
-    effects = serving().handle(NodesSeen((node("a", claim(1, score=2**50)),)), 5.0)
+    effects = serving().handle(NodesSeen((node("a", claim(1, score=2**53)),)), 5.0)
     assert of(SaveEpoch, effects) == []
     assert of(StopHost, effects)
 
@@ -371,7 +371,7 @@ def test_3_who_is_being_replaced_does_not_outbid_who_replaces_it() -> None:
 
 
 def test_3_of_two_that_may_host_no_longer_one_takes_a_higher_epoch() -> None:
-    for score, drawn in ((0, [SaveEpoch(M, 2)]), (2**50, [])):
+    for score, drawn in ((0, [SaveEpoch(M, 2)]), (2**53, [])):
         election = serving(node("b", bid()))
         ask(election, 5.0, version=2, host=NodeId("b"))
         both = NodesSeen((node("a", claim(1, score=score)), node("b", bid(version=2))))

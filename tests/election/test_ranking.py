@@ -34,6 +34,7 @@ BIDS = st.builds(
     speed=st.integers(-3, 99),
     load=st.integers(-3, 20),
     accelerated=st.booleans(),
+    workers=st.integers(-3, 20),
 )
 
 
@@ -41,6 +42,17 @@ BIDS = st.builds(
     ("better", "worse", "words"),
     [
         (bid(0, weights=False), bid(15, suits=Suits.SWAP), "would have to unload idle models"),
+        (bid(0), bid(15, suits=Suits.SPLIT, workers=1), "would need memory of another node"),
+        (
+            bid(0, suits=Suits.SWAP),
+            bid(15, suits=Suits.SPLIT, workers=2),
+            "would need memory of 2 other nodes",
+        ),
+        (
+            bid(0, weights=False, suits=Suits.SPLIT, workers=1),
+            bid(15, suits=Suits.SPLIT, workers=2),
+            "would need memory of 2 other nodes",
+        ),
         (
             replace(bid(0, weights=False), accelerated=True),
             bid(15),
@@ -71,7 +83,7 @@ def test_the_lot_is_the_same_in_every_process() -> None:
 
 @given(BIDS)
 def test_a_score_survives_json(any_bid: Bid) -> None:
-    assert 0 <= score(M, NodeId("a"), any_bid) < 1 << 49
+    assert 0 <= score(M, NodeId("a"), any_bid) < 1 << 53
     assert merit(any_bid)
 
 
@@ -110,6 +122,15 @@ def test_a_swap_never_comes_next_while_somebody_says_yes() -> None:
     assert comes_next(record(), own, [node("b", bid(), claim(1))], places=1)
 
 
+def test_a_split_never_comes_next_while_somebody_could_host_it_alone() -> None:
+    split = node("a", bid(suits=Suits.SPLIT, workers=1))
+    own = ranked(split, record())
+    assert own is not None
+    for alone in (Suits.YES, Suits.SWAP):
+        assert not comes_next(record(), own, [node("b", bid(suits=alone))], places=2)
+    assert comes_next(record(), own, [node("b", bid(suits=Suits.SPLIT, workers=2))], places=1)
+
+
 @given(st.lists(BIDS, min_size=1, max_size=8), st.integers(1, 4), st.randoms())
 def test_all_nodes_agree_whose_turn_it_is(bids: list[Bid], places: int, chance: Random) -> None:
     """In whatever order they see each other, exactly the first of the ranking find it is theirs."""
@@ -122,7 +143,7 @@ def test_all_nodes_agree_whose_turn_it_is(bids: list[Bid], places: int, chance: 
         for of in ranking
         if comes_next(record(), of, [n for n in nodes if n is not of.node], places)
     }
-    first = [r for r in ranking if r.bid.suits is Suits.YES or ranking[0].bid.suits is Suits.SWAP]
+    first = [r for r in ranking if r.bid.suits is ranking[0].bid.suits]
     assert turns == {r.node.node for r in first[:places]}
 
 
