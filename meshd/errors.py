@@ -113,6 +113,12 @@ class ModelFailed(MeshdError):
     code, status, retryable = "model_failed", 503, True
 
 
+class SplitFailed(MeshdError):
+    """The workers of a split model cannot be used now; the message names the one and says why."""
+
+    code, status, retryable = "split_failed", 503, True
+
+
 class BadReference(MeshdError):
     """A REF that cannot be read, or that names nothing on this machine."""
 

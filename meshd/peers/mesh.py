@@ -34,6 +34,7 @@ from meshd.peers.joining.joining import join
 from meshd.peers.lan.addresses import advertised_addresses
 from meshd.peers.lan.sightings import Sightings
 from meshd.peers.links.listener import PeerListener, Speakers
+from meshd.peers.links.streams import Open
 from meshd.peers.naming import resolve_node
 from meshd.peers.session import Needs, Session
 from meshd.peers.showing import publish
@@ -330,6 +331,18 @@ class MeshService(Service):
         if self._session is None:
             raise PeerUnreachable("this node belongs to no mesh any more")
         return await self._session.connect(target, make_protocol)
+
+    async def open_stream(
+        self,
+        node: NodeId,
+        name: str,
+        wanted: Open,
+        make_protocol: Callable[[], asyncio.Protocol],
+    ) -> asyncio.Protocol:
+        """A raw stream to `node`, which errors call `name`. Raises PeerUnreachable, PeerRefused."""
+        if self._session is None:
+            raise PeerUnreachable("this node belongs to no mesh any more")
+        return await self._session.open_stream(node, name, wanted, make_protocol)
 
     def deployed(self, models: Collection[ModelId]) -> None:
         """Their deployments were written here: tell the others. Who links up later finds out by

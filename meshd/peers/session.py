@@ -63,6 +63,10 @@ def _nothing_in_bulk(node: NodeId, wanted: Open) -> dict[str, Any]:
     raise PeerRefused(f"there is no service `{wanted.service}` here", reason="no_service")
 
 
+def _nothing_to_lend(node: NodeId, name: str) -> asyncio.Protocol:
+    raise PeerRefused("this node lends no memory", reason="no_service")
+
+
 @dataclass(frozen=True, slots=True)
 class Needs:
     """What a session gets from the node around it."""
@@ -81,6 +85,8 @@ class Needs:
     serve_bulk: Callable[[NodeId, Open], dict[str, Any]] = _nothing_in_bulk
     """What the carrier is to do for a node that asks so; of `shard` the grant, of `manifest` the
     answer itself. Raises PeerRefused."""
+    serve_loan: Callable[[NodeId, str], asyncio.Protocol] = _nothing_to_lend
+    """A protocol that lends memory to a node, by its id and its name. Raises PeerRefused."""
     deployments: Deployments | None = None
     """What the mesh should serve; None: this node takes no part in it."""
 
@@ -112,7 +118,7 @@ class Session:
         self._look_timer: asyncio.TimerHandle | None = None
         self._connector = Connector(trust.client_context, trust.authenticate)
         self.streams = Streams(needs.config.peers.max_streams)
-        self.streams.offer({"api": self._serve_api})
+        self.streams.offer({"api": self._serve_api, "loan": self._serve_loan})
         self.bulk = Handover(
             needs.carrier,
             authenticate=trust.authenticate,
@@ -208,10 +214,22 @@ class Session:
         self, target: Target, make_protocol: Callable[[], asyncio.Protocol]
     ) -> asyncio.Protocol:
         """A stream to the engine of a remote target. Raises PeerUnreachable, PeerRefused."""
-        node = target.node_id
-        member = self._swim.members.get(node) if node is not None else None
-        if node is None or member is None or not member.addresses:
+        if target.node_id is None:
             raise PeerUnreachable(f"no address of node {target.node} is known")
+        wanted = Open(service="api", instance=target.instance)
+        return await self.open_stream(target.node_id, target.node, wanted, make_protocol)
+
+    async def open_stream(
+        self,
+        node: NodeId,
+        name: str,
+        wanted: Open,
+        make_protocol: Callable[[], asyncio.Protocol],
+    ) -> asyncio.Protocol:
+        """A raw stream to `node`, which errors call `name`. Raises PeerUnreachable, PeerRefused."""
+        member = self._swim.members.get(node)
+        if member is None or not member.addresses:
+            raise PeerUnreachable(f"no address of node {name} is known")
         link = self.linking.links.get(node)
         address = link.remote.address if link is not None and link.remote.dialled else ""
         try:
@@ -220,15 +238,13 @@ class Session:
                     address or member.addresses[0], ALPN_RAW, RAW_OPEN_LIMIT, node
                 )
                 try:
-                    return await begin(
-                        channel, Open(service="api", instance=target.instance), make_protocol
-                    )
+                    return await begin(channel, wanted, make_protocol)
                 except BaseException:
                     channel.abort()
                     raise
         except TimeoutError:
             raise PeerUnreachable(
-                f"node {target.node} did not open a stream within {OPEN_TIMEOUT_S:.0f} s"
+                f"node {name} did not open a stream within {OPEN_TIMEOUT_S:.0f} s"
             ) from None
 
     def known_peers(self) -> tuple[KnownPeer, ...]:
@@ -287,15 +303,22 @@ class Session:
     # -- listener's speakers ----------------------------------------------------------------------
 
     async def serve_raw(self, channel: FrameChannel, certificate: PeerCertificate) -> None:
-        await self.streams.serve(channel, certificate.node_id)
+        await self.streams.serve(channel, certificate)
 
-    def _serve_api(self, node: NodeId, wanted: Open) -> asyncio.Protocol:
+    def _serve_api(self, peer: PeerCertificate, wanted: Open) -> asyncio.Protocol:
         if self.role is Role.CLIENT:
             raise PeerRefused("a client node serves no models", reason="no_service")
         try:
-            return self._needs.serve_api(self._showing.name_of(node))
+            return self._needs.serve_api(self._showing.name_of(peer.node_id))
         except MeshdError as error:
             raise PeerRefused(error.message, reason=error.code) from None
+
+    def _serve_loan(self, peer: PeerCertificate, wanted: Open) -> asyncio.Protocol:
+        if self.role is Role.CLIENT:
+            raise PeerRefused("a client node lends no memory", reason="no_service")
+        if peer.role is Role.CLIENT:
+            raise PeerRefused("memory is lent to members and not to clients", reason="client")
+        return self._needs.serve_loan(peer.node_id, self._showing.name_of(peer.node_id))
 
     @property
     def take_bulk(self) -> Callable[[socket.socket], None] | None:

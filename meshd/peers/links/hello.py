@@ -147,13 +147,13 @@ def refusal(error: PeerRefused) -> dict[str, Any]:
 
 def parse_refusal(message: Mapping[str, Any]) -> PeerRefused:
     """The other side's refusal as an error; never raises. Its words are kept to one clean line."""
-    reason = _clean(message.get("reason"), 64) or "unspecified"
-    words = _clean(message.get("message"), _MAX_WORDS) or f"the other side refused: {reason}"
+    reason = clean_line(message.get("reason"), 64) or "unspecified"
+    words = clean_line(message.get("message"), _MAX_WORDS) or f"the other side refused: {reason}"
     return PeerRefused(words, reason=reason)
 
 
-def _clean(value: object, limit: int) -> str:
-    """What a peer wrote, fit for a log or a terminal: printable, one line, bounded."""
+def clean_line(value: object, limit: int) -> str:
+    """What a peer wrote, fit for a log or a terminal: printable, one line, `limit` characters."""
     text = value[:limit] if isinstance(value, str) else ""
     return "".join(c if c.isprintable() else " " for c in text).strip()
 

@@ -17,6 +17,7 @@ from meshd.errors import PeerRefused, PeerUnreachable, ProtocolError
 from meshd.ids import NodeId
 from meshd.peers.links.channel import FrameChannel
 from meshd.peers.links.hello import parse_refusal, refusal
+from meshd.peers.trust.certificates import PeerCertificate
 
 OPEN_TIMEOUT_S: Final = 5.0
 
@@ -32,8 +33,9 @@ class Open(BaseModel):
 
     t: Literal["open"] = "open"
     service: Annotated[str, StringConstraints(pattern=r"^[a-z-]{1,32}$")]
-    """`api`: HTTP/1.1 requests for the engine `instance` of the node that is asked. On bulk
-    connections `shard` and `manifest`."""
+    """`api`: HTTP/1.1 requests for the engine `instance` of the node that is asked. `loan`: memory
+    of that node for a split model, by the frames of `peers/loans/words.py`. On bulk connections
+    `shard` and `manifest`."""
     instance: Name | None = None
     sha256: Digest | None = None
     """Bulk service `shard`: of the file that is wanted."""
@@ -50,8 +52,8 @@ def parse_open(message: Mapping[str, Any]) -> Open:
         raise ProtocolError(f"a stream was opened with {problem['msg']}") from None
 
 
-Service: TypeAlias = Callable[[NodeId, Open], asyncio.Protocol]
-"""What a stream is handed to. Raises PeerRefused."""
+Service: TypeAlias = Callable[[PeerCertificate, Open], asyncio.Protocol]
+"""What a stream is handed to, by who opened it. Raises PeerRefused."""
 
 
 class Streams:
@@ -65,11 +67,11 @@ class Streams:
     def offer(self, services: Mapping[str, Service]) -> None:
         self._services = services
 
-    async def serve(self, channel: FrameChannel, node: NodeId) -> None:
-        """The listener's part, for an authenticated `node`. Raises PeerRefused, ProtocolError."""
+    async def serve(self, channel: FrameChannel, opener: PeerCertificate) -> None:
+        """The listener's part, for an authenticated node. Raises PeerRefused, ProtocolError."""
         wanted = parse_open(await channel.read())
         try:
-            protocol = self._accept(node, wanted)
+            protocol = self._accept(opener, wanted)
         except PeerRefused as error:
             channel.send(refusal(error))
             raise
@@ -77,7 +79,7 @@ class Streams:
         transport = channel.transport
         if transport is None:
             raise PeerUnreachable("the stream closed as it opened")
-        self._open[transport] = node
+        self._open[transport] = opener.node_id
         channel.detach(protocol)
 
     def cut(self, node: NodeId | None = None) -> None:
@@ -93,7 +95,7 @@ class Streams:
         for transport in [t for t in self._open if t.is_closing()]:
             del self._open[transport]
 
-    def _accept(self, node: NodeId, wanted: Open) -> asyncio.Protocol:
+    def _accept(self, opener: PeerCertificate, wanted: Open) -> asyncio.Protocol:
         service = self._services.get(wanted.service)
         if service is None:
             raise PeerRefused(f"there is no service `{wanted.service}` here", reason="no_service")
@@ -103,7 +105,7 @@ class Streams:
             raise PeerRefused(
                 f"{self._limit} streams are open here already (`peers.max_streams`)", reason="busy"
             )
-        return service(node, wanted)
+        return service(opener, wanted)
 
 
 async def begin(
