@@ -40,6 +40,8 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 LEAK_DEADLINE_S = 5.0
+LAST_LINES = 25
+"""Of what a failed test said, shown once more at the end."""
 COLLECTED_AFTER_S = 1.0
 """What a library left in a cycle (a connection in the traceback of its own error) is closed by the
 collector, whose time comes by chance: it is given one turn."""
@@ -99,7 +101,13 @@ def wait_until(condition: Callable[[], object], *, timeout_s: float = 10.0, what
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Name every test that could not run, and why."""
+    """Name every test that could not run, and why; and repeat at the end how the others failed: of
+    a long run the end is what is kept."""
+    for kind in ("failed", "error"):
+        for report in terminalreporter.stats.get(kind, []):
+            terminalreporter.section(f"{kind}: {report.nodeid}", sep="-")
+            for line in report.longreprtext.splitlines()[-LAST_LINES:]:
+                terminalreporter.line(line)
     skipped = terminalreporter.stats.get("skipped", [])
     if skipped:
         terminalreporter.section("could not run here")
