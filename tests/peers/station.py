@@ -18,7 +18,7 @@ from meshd.kernel import Board, FlightRecorder, MonotonicClock, Pool
 from meshd.peers.links.channel import FrameChannel
 from meshd.peers.links.listener import PeerListener, Speakers
 from meshd.peers.links.streams import Open
-from meshd.peers.session import Needs, Session, _nothing_in_bulk
+from meshd.peers.session import Needs, Session, _nothing_in_bulk, _nothing_to_lend
 from meshd.peers.trust.authority import Authority
 from meshd.peers.trust.certificates import certificate_der, make_csr
 from meshd.peers.trust.credentials import MeshStore
@@ -93,6 +93,7 @@ class Station:
         self.port = 0
         self.carrier: tuple[str, ...] = ()
         self.serve_bulk: Callable[[NodeId, Open], dict[str, Any]] = _nothing_in_bulk
+        self.serve_loan: Callable[[NodeId, str], asyncio.Protocol] = _nothing_to_lend
         self.deployments = DeploymentBook()
 
     @property
@@ -133,6 +134,7 @@ class Station:
             serve_api=self._serve,
             carrier=self.carrier,
             serve_bulk=self._serve_bulk,
+            serve_loan=lambda node, name: self.serve_loan(node, name),
             deployments=SharedDeployments(self.deployments, self._show_deployments),
         )
         role = membership.role
