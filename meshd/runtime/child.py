@@ -20,6 +20,8 @@ Rules, numbered as in the code:
 8. FAILED ends by StartAsked (a fresh budget, the spec as first asked for) or StopAsked. StartAsked
    also ends the wait of a BACKOFF; in any other state what it asks for is on its way, or is being
    ended.
+9. An engine that uses RPC servers is started once: whatever ends it unasked is FAILED at once, for
+   the servers have ended with it, and what asked for them has to be asked again.
 """
 
 from __future__ import annotations
@@ -117,6 +119,11 @@ class Child:
         """DRAINING: when TERM is due. STOPPING: when (the next) KILL is."""
         self._out: list[Effect] = []
 
+    @property
+    def fault(self) -> Fault | None:
+        """What the last process said of its end, if it said anything."""
+        return self._fault
+
     def due(self) -> float | None:
         match self.state:
             case ChildState.STARTING:
@@ -136,7 +143,7 @@ class Child:
             case StartAsked():
                 self._start(now)
             case StopAsked():
-                self._stop(event.drain_s, now)
+                self._stop(event, now)
             case Tick():
                 self._tick(now)
             case _:
@@ -202,8 +209,11 @@ class Child:
         self._become(ChildState.STARTING, reason)
         self._out.append(Spawn(self.generation, self._spec))
 
-    def _stop(self, drain_s: float, now: float) -> None:  # 7
+    def _stop(self, event: StopAsked, now: float) -> None:  # 7
+        drain_s = event.drain_s
         match self.state:
+            case _ if event.kill and self._alive:
+                self._kill(now, None)
             case ChildState.READY | ChildState.DRAINING if drain_s <= 0:
                 self._end_process(now, None)
             case ChildState.READY:
@@ -229,11 +239,11 @@ class Child:
         self._become(ChildState.STOPPING, kill_reason or "stopping the engine")
         self._out.append(SendSignal(self.generation, Force.TERM))
 
-    def _kill_hung(self, now: float, reason: str) -> None:
-        """A process that does not answer will not follow a TERM either."""
+    def _kill(self, now: float, reason: str | None) -> None:
+        """A process that does not answer will not follow a TERM either. `reason`: as above."""
         self._kill_reason = reason
         self._stop_at = now + KILL_AGAIN_S
-        self._become(ChildState.STOPPING, reason)
+        self._become(ChildState.STOPPING, reason or "stopping the engine")
         self._out.append(SendSignal(self.generation, Force.KILL))
 
     # -- what the process does --------------------------------------------------------------------
@@ -295,10 +305,10 @@ class Child:
                 self._not_yet(event.kind, now)
         elif self.state is ChildState.READY:
             if event.kind is ProbeKind.CANARY:  # 4
-                self._kill_hung(now, f"the idle engine failed its canary: {event.reason}")
+                self._kill(now, f"the idle engine failed its canary: {event.reason}")
             elif now >= self._silent_at:  # 4
                 silence = now - self._answered_at
-                self._kill_hung(now, f"the engine answered nothing for {silence:.0f} s")
+                self._kill(now, f"the engine answered nothing for {silence:.0f} s")
             else:
                 self._probe_at = min(now + self._probe_interval(), self._silent_at)
 
@@ -312,7 +322,8 @@ class Child:
         self.facts = None
         fault = self._fault
         reason = fault.message if fault is not None else self._kill_reason or how
-        if fault is not None and fault.deterministic and not self._served:  # 6
+        hopeless = fault is not None and fault.deterministic and not self._served  # 6
+        if hopeless or self._spec.rpc:  # 9
             self._become(ChildState.FAILED, reason)
         elif fault is not None and fault.out_of_memory:  # 5
             self._degrade(reason, now)
@@ -361,7 +372,7 @@ class Child:
         if starting and self._silent_at <= now:  # 2
             said = f"; when asked: {self._last_wrong}" if self._last_wrong else ""
             limit = self._policy.start_silence_s
-            self._kill_hung(now, f"the engine made no progress in starting for {limit:g} s{said}")
+            self._kill(now, f"the engine made no progress in starting for {limit:g} s{said}")
         elif self._probe_at is not None and self._probe_at <= now:
             self._probe_at = None  # until it is answered
             kind = ProbeKind.STARTUP if starting else ProbeKind.LIVENESS

@@ -86,6 +86,8 @@ class StartAsked:
 @dataclass(frozen=True, slots=True)
 class StopAsked:
     drain_s: float
+    kill: bool = False
+    """At once and by KILL: nothing it could still say is of use to anybody."""
 
 
 @dataclass(frozen=True, slots=True)

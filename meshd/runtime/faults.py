@@ -11,6 +11,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+RPC_LOST = "rpc_lost"
+"""Kind of the fault that an RPC server is gone; which worker's the engine does not say."""
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:
@@ -146,9 +149,16 @@ _PATTERNS = (
         rank=3,
     ),
     _pattern(
-        "rpc_lost",
+        RPC_LOST,
         r"Remote RPC server crashed or returned malformed response",
         "a worker's rpc-server went away",
+        deterministic=False,
+        rank=3,
+    ),
+    _pattern(
+        RPC_LOST,
+        r"ggml-rpc\.cpp:\d+: (?:Failed to connect to|RPC handshake failed for) ",
+        "a worker's rpc-server does not answer",
         deterministic=False,
         rank=3,
     ),

@@ -17,10 +17,11 @@ from types import MappingProxyType
 from typing import assert_never
 
 from meshd.config import Config
-from meshd.errors import InvalidRequest, MeshdError, ModelNotFound
+from meshd.errors import InvalidRequest, MeshdError, ModelNotFound, NoMesh
 from meshd.ids import InstanceId, ModelId
 from meshd.kernel import Board, Clock, Driver, FlightRecorder, Pool, Service
 from meshd.runtime.child_events import ChildState
+from meshd.runtime.group import Borrow, Borrowed, LoanOrder
 from meshd.runtime.hosting import Entry, Hosting
 from meshd.runtime.hosting_events import (
     AbandonWeights,
@@ -43,13 +44,14 @@ from meshd.runtime.hosting_events import (
     WeightsMoved,
     WeightsRejected,
 )
-from meshd.runtime.launch import LaunchSpec
 from meshd.runtime.measured import Launch
 from meshd.runtime.measuring import Measurements
 from meshd.runtime.record import RuntimeRecord
 from meshd.runtime.reported import MemoryReport
 from meshd.runtime.shown import STATE_OF_ENGINE, model_view, proved_memory
-from meshd.runtime.supervisor import EnginePlaces, EngineReport, EngineSupervisor
+from meshd.runtime.split_engine import SplitEngine
+from meshd.runtime.supervisor import EngineReport, EngineSupervisor
+from meshd.runtime.workshop import Workshop
 from meshd.view import (
     ModelState,
     ModelView,
@@ -63,6 +65,12 @@ log = logging.getLogger(__name__)
 
 ENGINE_RECHECK_S = 15.0
 """How often a node without an engine looks for one."""
+
+
+async def _borrow_nothing(
+    order: LoanOrder, lost: Callable[[str], None], moved: Callable[[str], None]
+) -> Borrowed:
+    raise NoMesh(f"{order.model} needs memory of other nodes, and this node borrows none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +94,8 @@ class Rooms:
     """False for a client node, which loads nothing."""
     changed: Callable[[], None] = lambda: None
     """Called when `engine_problem` changed and nothing in the view did."""
+    borrow: Borrow = _borrow_nothing
+    """Ask other nodes for memory of theirs."""
 
 
 class ModelHost(Service):
@@ -109,14 +119,23 @@ class ModelHost(Service):
         self._board = board
         self._rooms = rooms
         self._clock = clock
-        self._rng = rng
-        self._recorder = recorder
         self._pool = pool
         self._machine = Hosting(restart_drain_s=config.drain_s)
         self._driver: Driver[Event, Effect] = Driver(
             "hosting", self._machine, self._run, clock=clock, recorder=recorder
         )
-        self._engines: dict[ModelId, EngineSupervisor] = {}
+        self._workshop = Workshop(
+            config,
+            clock,
+            rng,
+            recorder,
+            self.spawn,
+            wait_idle=rooms.wait_idle,
+            last_request_at=rooms.last_request_at,
+            borrow=rooms.borrow,
+            on_report=self._engine_reported,
+        )
+        self._engines: dict[ModelId, EngineSupervisor | SplitEngine] = {}
         self._binary: Path | None = None
         self._engine_id = ""
         self._shown_with: object = None
@@ -176,7 +195,8 @@ class ModelHost(Service):
         return frozenset(f.first_shard for f in facts) | {f.digest for f in facts if f.digest}
 
     def taken(self, model: ModelId) -> MemoryReport | None:
-        """What the engine of a model that is ready said it takes; None if that is not known."""
+        """What the engine of a model that is ready said it takes of this node; None if that is not
+        known."""
         engine = self._engines.get(model)
         return None if engine is None else self._memory(engine.report)
 
@@ -293,57 +313,33 @@ class ModelHost(Service):
 
     def _start(self, effect: StartEngine) -> None:
         assert self._binary is not None, "StartEngine comes after EngineFound"
-        settings = self._config.engine
-        options, facts = effect.options, effect.facts
-        context = settings.context_of(options.context, facts.trained_context)
-        parallel = settings.slots_of(options.parallel)
-        launch = Launch(
-            weights=facts.digest or facts.first_shard,
-            bytes=facts.total_bytes,
-            engine=self._engine_id,
-            context=context,
-            parallel=parallel,
-        )
-        self._launches[effect.model] = launch
-        spec = LaunchSpec(
-            model=effect.model,
-            weights=facts.first_shard,
-            mmproj=facts.mmproj,
-            context=context,
-            parallel=parallel,
-            threads=settings.threads,
-            prompt_cache_bytes=options.prompt_cache_bytes,
-            talkative=self._measurements.find(launch) is None,
-            extra=settings.extra_args,
-        )
-        supervisor = EngineSupervisor(
-            effect.model,
-            spec,
-            self._binary,
-            settings=settings,
-            places=EnginePlaces(self._config.run_dir, self._config.log_dir),
-            weights_bytes=facts.total_bytes,
-            clock=self._clock,
-            rng=self._rng,
-            recorder=self._recorder,
-            spawn_task=self.spawn,
-            wait_idle=self._rooms.wait_idle,
-            last_request_at=self._rooms.last_request_at,
-            on_report=self._engine_reported,
-        )
-        self._engines[effect.model] = supervisor
-        supervisor.start()
+        spec, facts = self._workshop.spec(effect), effect.facts
+        if effect.options.split is None:  # what a split takes depends on more than this
+            launch = Launch(
+                weights=facts.digest or facts.first_shard,
+                bytes=facts.total_bytes,
+                engine=self._engine_id,
+                context=spec.context,
+                parallel=spec.parallel,
+            )
+            self._launches[effect.model] = launch
+            spec = replace(spec, talkative=self._measurements.find(launch) is None)
+        engine = self._workshop.engine(effect, spec, self._binary)
+        self._engines[effect.model] = engine
+        engine.start()
 
     def _engine_reported(self, report: EngineReport) -> None:
         state = STATE_OF_ENGINE[report.state]
         if report.attempt > max(1, self._attempts.get(report.model, 1)):
             self.restarts += 1
         self._attempts[report.model] = report.attempt
-        if report.memory is not None and report.degraded is None:
-            self._measurements.keep(self._launches[report.model], report.memory)
+        launch = self._launches.get(report.model)
+        if launch is not None and report.memory is not None and report.degraded is None:
+            self._measurements.keep(launch, report.memory)
         if report.state is ChildState.STOPPED:
             self._engines.pop(report.model, None)
-            del self._attempts[report.model], self._launches[report.model]
+            self._launches.pop(report.model, None)
+            del self._attempts[report.model]
         self._post(EngineReported(report.model, state, report.reason))
 
     # -- view -------------------------------------------------------------------------------------
@@ -370,7 +366,8 @@ class ModelHost(Service):
             return report.memory
         if report.state is not ChildState.READY or report.degraded is not None:
             return None
-        return self._measurements.find(self._launches[report.model])
+        launch = self._launches.get(report.model)
+        return None if launch is None else self._measurements.find(launch)
 
     def _view_changed(self, view: View) -> None:
         """A proof that was made or lost changes what is shown of the models, as a new epoch does,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from meshd.ids import ModelId
 from meshd.kernel.machine import Tick
-from meshd.view import ModelState, Preparing
+from meshd.view import ModelState, Preparing, SplitPlan
 
 Ticket = int
 
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """What an operator may ask for; None leaves it to the configuration."""
+    """What an operator or the election may ask for; None leaves it to the configuration."""
 
     context: int | None = None
     """Tokens per slot."""
@@ -21,6 +21,10 @@ class LoadOptions:
     """Slots."""
     prompt_cache_bytes: int | None = None
     """Main memory for conversations without a slot; None leaves it to the engine."""
+    split: SplitPlan | None = None
+    """Who holds which layers; None for a model that lies on this node alone."""
+    epoch: int = field(default=0, compare=False)
+    """Of this node's claim; workers are told. A new one alone asks for no other engine."""
 
 
 @dataclass(frozen=True, slots=True)

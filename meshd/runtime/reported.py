@@ -28,6 +28,8 @@ from meshd.view.shape import MemoryParts
 
 MIB: Final = 1 << 20
 HOST: Final = "CPU"
+RPC: Final = "RPC"
+"""What the names of an RPC server's devices begin with."""
 VERBOSITY: Final = 4
 """What of llama.cpp tells of layers and buffers is on no lower level since 0.5."""
 
@@ -52,6 +54,13 @@ class MemoryReport:
     @property
     def total(self) -> int:
         return sum(parts.total for parts in self.devices.values())
+
+    @property
+    def own(self) -> MemoryReport:
+        """What of it lies on this machine. Nothing is said of the layers on accelerators if some
+        lie elsewhere: to an engine each device of an RPC server is one."""
+        here = {name: parts for name, parts in self.devices.items() if not name.startswith(RPC)}
+        return self if len(here) == len(self.devices) else MemoryReport(MappingProxyType(here))
 
 
 @dataclass(slots=True)

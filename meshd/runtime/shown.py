@@ -90,6 +90,7 @@ def _shortcoming(report: EngineReport, memory: MemoryReport | None) -> str | Non
 def _host_view(
     entry: Entry, report: EngineReport, memory: MemoryReport | None, node: NodeView, epoch: int
 ) -> HostView:
+    plan = entry.options.split
     return HostView(
         node=node.name,
         node_id=node.id,
@@ -101,4 +102,5 @@ def _host_view(
         bytes_on_disk=entry.facts.total_bytes if entry.facts else 0,
         memory=tuple((d, parts.total) for d, parts in memory.devices.items()) if memory else (),
         offloaded=memory.offloaded if memory else None,
+        workers=tuple(part.shown for part in plan.parts) if plan else (),
     )

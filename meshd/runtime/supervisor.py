@@ -62,7 +62,7 @@ OUTPUT_COUNTS_S = 0.25
 class SpawnTask(Protocol):
     """`Service.spawn`."""
 
-    def __call__(self, work: Coroutine[Any, Any, None], *, name: str) -> object: ...
+    def __call__(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,8 @@ class EngineReport:
     """Last lines of a FAILED engine."""
     memory: MemoryReport | None = None
     """What it said it took, if it was told to talk."""
+    fault: str | None = None
+    """Kind of what the last process of a FAILED engine said of its end, if it said anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +150,7 @@ class EngineSupervisor:
     @property
     def report(self) -> EngineReport:
         child = self._child
-        starting = child.state is ChildState.STARTING
+        starting, failed = child.state is ChildState.STARTING, child.state is ChildState.FAILED
         facts = child.facts
         return EngineReport(
             model=self.model,
@@ -163,8 +165,9 @@ class EngineSupervisor:
             progress=self._progress() if starting else None,
             degraded=child.degraded,
             retry_at=child.retry_at,
-            evidence=self.output.last(EVIDENCE_LINES) if child.state is ChildState.FAILED else (),
+            evidence=self.output.last(EVIDENCE_LINES) if failed else (),
             memory=self._heard.report() if child.state is ChildState.READY else None,
+            fault=child.fault.kind if failed and child.fault else None,
         )
 
     def start(self) -> None:
@@ -173,6 +176,10 @@ class EngineSupervisor:
     def stop(self, drain_s: float) -> None:
         """Drain for at most `drain_s`, then end the process. A later call can only hurry."""
         self._driver.post(StopAsked(drain_s))
+
+    def kill(self) -> None:
+        """End the process at once, if it lives."""
+        self._driver.post(StopAsked(0.0, kill=True))
 
     @property
     def overdue_s(self) -> float:

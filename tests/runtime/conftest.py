@@ -15,9 +15,11 @@ import pytest
 from meshd.config import EngineSettings
 from meshd.ids import InstanceId, ModelId
 from meshd.kernel import FlightRecorder, MonotonicClock
-from meshd.runtime.child_events import ChildState
+from meshd.runtime import prober
+from meshd.runtime.child_events import ChildState, EngineFacts
 from meshd.runtime.launch import LaunchSpec
 from meshd.runtime.supervisor import EnginePlaces, EngineReport, EngineSupervisor
+from tests.runtime.scripted_process import ScriptedProcess
 
 
 @pytest.fixture
@@ -55,7 +57,14 @@ class Stage:
         self._made: list[EngineSupervisor] = []
 
     def supervise(
-        self, binary: Path, weights: Path, *, parallel: int = 2, **settings: Any
+        self,
+        binary: Path,
+        weights: Path,
+        *,
+        parallel: int = 2,
+        rpc: tuple[str, ...] = (),
+        on_report: Callable[[EngineReport], None] | None = None,
+        **settings: Any,
     ) -> EngineSupervisor:
         defaults: dict[str, Any] = {"stop_grace_s": 5.0, "threads": 1}
         limits = EngineSettings(**{**defaults, **settings})
@@ -67,6 +76,7 @@ class Stage:
                 context=512,
                 parallel=parallel,
                 threads=limits.threads,
+                rpc=rpc,
                 extra=limits.extra_args,
             ),
             binary,
@@ -76,15 +86,15 @@ class Stage:
             clock=self.clock,
             rng=random.Random(1),
             recorder=self.recorder,
-            spawn_task=self._spawn,
+            spawn_task=self.spawn,
             wait_idle=self._wait_idle,
             last_request_at=lambda _: self.last_request_at,
-            on_report=self.reports.append,
+            on_report=on_report or self.reports.append,
         )
         self._made.append(supervisor)
         return supervisor
 
-    def _spawn(self, work: Coroutine[Any, Any, None], *, name: str) -> object:
+    def spawn(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
@@ -116,6 +126,24 @@ class Stage:
         async with asyncio.timeout(15.0):
             while self._tasks:
                 await asyncio.wait(self._tasks)
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines are scripted processes; whatever they are asked, they answer that all is well."""
+    monkeypatch.setattr("meshd.runtime.supervisor.ChildProcess", ScriptedProcess)
+    ScriptedProcess.made.clear()
+    ScriptedProcess.exit_before_spawned.clear()
+
+    async def startup(*_: object) -> EngineFacts:
+        return EngineFacts(2, 512)
+
+    async def fine(*_: object) -> None:
+        return None
+
+    monkeypatch.setattr(prober, "startup", startup)
+    monkeypatch.setattr(prober, "liveness", fine)
+    monkeypatch.setattr(prober, "generate", fine)
 
 
 @pytest.fixture

@@ -50,6 +50,7 @@ from meshd.runtime.launch import LaunchSpec
 
 SPEC = LaunchSpec(ModelId("m"), "/w/m.gguf", context=2048, parallel=1)
 BIG = replace(SPEC, context=8192, parallel=2)
+LEANING = replace(BIG, rpc=("127.0.0.1:1",), gpu_layers=3)
 POLICY = Policy(
     start_silence_s=120.0,
     probe_interval_s=5.0,
@@ -469,6 +470,30 @@ def test_probes_and_progress_say_nothing_to_an_engine_that_ends(child: Child) ->
     assert child.state is ChildState.DRAINING
 
 
+@pytest.mark.parametrize("drains", [False, True])
+def test_a_kill_does_not_ask_first(child: Child, drains: bool) -> None:
+    serve(child)
+    if drains:
+        child.handle(StopAsked(30.0), 1.0)
+    assert orders(child.handle(StopAsked(0.0, kill=True), 2.0)) == [SendSignal(1, Force.KILL)]
+    assert child.state is ChildState.STOPPING
+    assert orders(tick(child, 2.0 + KILL_AGAIN_S)) == [SendSignal(1, Force.KILL)]
+    assert child.handle(Exited(1, -9), 3.0) == [Announce(ChildState.STOPPED, None)]
+
+
+def test_a_kill_hurries_a_stop(child: Child) -> None:
+    begin(child)
+    child.handle(StopAsked(0.0), 1.0)
+    assert orders(child.handle(StopAsked(0.0, kill=True), 1.5)) == [SendSignal(1, Force.KILL)]
+
+
+def test_a_kill_without_a_process_is_a_stop(child: Child) -> None:
+    begin(child)
+    child.handle(FaultSeen(1, MISSING), 1.0)
+    child.handle(Exited(1, 1), 1.0)
+    assert child.handle(StopAsked(0.0, kill=True), 2.0) == [Announce(ChildState.STOPPED, None)]
+
+
 def test_a_start_can_be_stopped_before_there_is_a_process(child: Child) -> None:
     child.handle(StartAsked(), 0.0)
     assert orders(child.handle(StopAsked(30.0), 0.0)) == [SendSignal(1, Force.TERM)]
@@ -582,16 +607,46 @@ class World:
     drains: tuple[int, ...] = ()
 
 
+# 9
+
+
+@pytest.mark.parametrize("fault", [NO_MEMORY, MISSING, None])
+def test_an_engine_that_leans_on_workers_is_started_once(fault: Fault | None) -> None:
+    child = Child(LEANING, POLICY)
+    serve(child)
+    if fault is not None:
+        child.handle(FaultSeen(1, fault), 1.0)
+    child.handle(Exited(1, -6), 1.0)
+    reason = "the engine was ended by signal 6" if fault is None else fault.message
+    assert (child.state, child.reason) == (ChildState.FAILED, reason)
+    assert child.due() is None
+    assert child.fault is fault
+
+
+def test_a_hung_engine_that_leans_on_workers_has_failed() -> None:
+    child = Child(LEANING, POLICY)
+    serve(child)
+    tick(child, 5.0)
+    child.handle(ProbeFailed(1, LIVENESS, "/slots answered nothing"), 70.0)
+    assert state(child) is ChildState.STOPPING
+    child.handle(Exited(1, -9), 70.1)
+    assert (child.state, child.reason) == (
+        ChildState.FAILED,
+        "the engine answered nothing for 70 s",
+    )
+
+
 class ChildRules(RuleBasedStateMachine):
     """Any order of spawn, health, exit, stop, tick: legal states, one process, one outcome."""
 
     @initialize(
-        spec=st.sampled_from([SPEC, BIG, replace(BIG, gpu_layers=3, kv_type="q8_0")]),
+        spec=st.sampled_from([SPEC, BIG, replace(BIG, gpu_layers=3, kv_type="q8_0"), LEANING]),
         budget=st.integers(0, 3),
         canary=st.sampled_from([0.0, 20.0]),
     )
     def make(self, spec: LaunchSpec, budget: int, canary: float) -> None:
         policy = replace(POLICY, restart_budget=budget, canary_interval_s=canary)
+        self.spec = spec
         self.child = Child(spec, policy)
         self.world = World()
         self.now = 0.0
@@ -633,10 +688,10 @@ class ChildRules(RuleBasedStateMachine):
         if not self.stop_open:
             self.post(StartAsked())
 
-    @rule(drain_s=st.sampled_from([0.0, 5.0, 30.0]))
-    def stop(self, drain_s: float) -> None:
+    @rule(drain_s=st.sampled_from([0.0, 5.0, 30.0]), kill=st.booleans())
+    def stop(self, drain_s: float, kill: bool) -> None:
         self.stop_open = True
-        self.post(StopAsked(drain_s))
+        self.post(StopAsked(drain_s, kill))
 
     @precondition(lambda self: self.world.spawning is not None)
     @rule(works=st.booleans())
@@ -721,6 +776,12 @@ class ChildRules(RuleBasedStateMachine):
         assert (self.child.facts is not None) == (
             self.child.state in (ChildState.READY, ChildState.DRAINING)
         ) or self.child.state is ChildState.STOPPING
+
+    @invariant()
+    def what_leans_on_others_is_not_started_again(self) -> None:
+        if hasattr(self, "child") and self.spec.rpc:
+            assert self.child.state is not ChildState.BACKOFF
+            assert self.child.degraded is None
 
     @invariant()
     def nothing_waits_without_a_timer_or_a_question(self) -> None:

@@ -56,6 +56,12 @@ PASSING = {
     ),
     "/src/ggml/src/ggml-rpc/ggml-rpc.cpp:99: Remote RPC server crashed or returned malformed "
     "response": "rpc-server went away",
+    "/src/ggml/src/ggml-rpc/ggml-rpc.cpp:547: Failed to connect to 127.0.0.1:51809": (
+        "rpc-server does not answer"
+    ),
+    "/src/ggml/src/ggml-rpc/ggml-rpc.cpp:550: RPC handshake failed for 127.0.0.1:5": (
+        "rpc-server does not answer"
+    ),
     "/src/ggml/src/ggml.c:1234: GGML_ASSERT(ne0 == ne1) failed": "GGML_ASSERT(ne0 == ne1)",
     "/src/ggml/src/ggml-cuda/mmq.cu:88: fatal error": ".cu:88: fatal error",
     "llama-server: a.cpp:5: int f(): Assertion `x > 0' failed.": "Assertion `x > 0' failed",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from meshd.ids import ModelId
+from meshd.ids import ModelId, NodeId
 from meshd.kernel.machine import Tick
 from meshd.runtime.hosting import ENGINE_RECHECK_S, WEIGHTS_BACKOFF_S, Hosting
 from meshd.runtime.hosting_events import (
@@ -29,7 +31,7 @@ from meshd.runtime.hosting_events import (
     WeightsMoved,
     WeightsRejected,
 )
-from meshd.view import FetchView, ModelState, Preparing
+from meshd.view import FetchView, ModelState, Part, Preparing, SplitPlan
 
 M = ModelId("m")
 REF = "/models/m.gguf"
@@ -207,6 +209,20 @@ def test_other_options_restart_the_engine(hosting: Hosting) -> None:
     assert hosting.handle(EngineReported(M, ModelState.DRAINING), 1.1) == []
     assert hosting.handle(EngineReported(M, ModelState.ABSENT), 2.0) == [PrepareWeights(M, REF, 2)]
     assert hosting.handle(WeightsAccepted(M, 2, FACTS), 2.1) == [StartEngine(M, FACTS, more)]
+
+
+def test_another_plan_is_another_engine_and_another_epoch_is_not(hosting: Hosting) -> None:
+    plan = SplitPlan((Part(NodeId("b"), "b", (("CPU", 9),), (4,), 0, True, 1.0),))
+    hosting.handle(EngineFound(), 0.0)
+    hosting.handle(LoadAsked(1, M, REF, LoadOptions(split=plan, epoch=3)), 0.0)
+    (start,) = hosting.handle(WeightsAccepted(M, 1, FACTS), 0.0)
+    assert isinstance(start, StartEngine)
+    assert (start.options.split, start.options.epoch) == (plan, 3)
+    hosting.handle(EngineReported(M, ModelState.READY), 0.0)
+    again = LoadAsked(2, M, REF, LoadOptions(split=replace(plan), epoch=4))
+    assert hosting.handle(again, 1.0) == [AcceptLoad(2)]
+    other = LoadOptions(split=replace(plan, beside=1), epoch=4)
+    assert hosting.handle(LoadAsked(3, M, REF, other), 2.0) == [AcceptLoad(3), StopEngine(M, 30.0)]
 
 
 def test_a_name_has_one_set_of_weights(hosting: Hosting) -> None:

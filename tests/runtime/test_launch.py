@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from meshd.ids import InstanceId, ModelId
-from meshd.runtime.launch import LaunchSpec, server_argv
+from meshd.ids import InstanceId, ModelId, NodeId
+from meshd.runtime.launch import LaunchSpec, on_workers, server_argv
+from meshd.view import Part, SplitPlan
 
 INSTANCE = InstanceId("~0011223344556677")
 
@@ -60,3 +63,39 @@ def test_clients_read_the_name_whatever_its_script(name: str) -> None:
     aliases = value(server_argv("s", spec, INSTANCE, "x"), "--alias").split(",")
     assert min(aliases, key=str.encode) == name
     assert aliases[1].endswith(INSTANCE)
+
+
+PLAN = SplitPlan(
+    parts=(
+        Part(NodeId("b"), "b", (("CUDA0", 5), ("CUDA1", 5)), (3, 2), 1, False, 0.5),
+        Part(NodeId("c"), "c", (("CPU", 4),), (4,), 6, False, 0.4),
+    ),
+    own=(("CUDA1", 1),),
+    beside=1,
+)
+ENDS = ("127.0.0.1:7001", "127.0.0.1:7002")
+
+
+def test_a_plan_names_every_device_in_its_order() -> None:
+    spec = LaunchSpec(ModelId("m"), "/w/m.gguf", context=512, parallel=1)
+    spread = on_workers(spec, PLAN, ENDS)
+    argv = server_argv("s", spread, INSTANCE, "x")
+    assert value(argv, "--rpc") == "127.0.0.1:7001,127.0.0.1:7002"
+    assert value(argv, "--device") == "RPC0,RPC1,RPC2,CUDA1"
+    assert value(argv, "--tensor-split") == "3,2,4,2"  # the output layer is the last device's
+    assert value(argv, "--n-gpu-layers") == "11"
+    assert value(argv, "--split-mode") == "layer"
+    assert value(argv, "--fit") == "off"
+    assert "--verbosity" in argv
+    assert argv.index("--rpc") < argv.index("--device")  # which knows RPC0 only then
+
+
+def test_a_projector_stays_on_this_machine() -> None:
+    spec = LaunchSpec(ModelId("m"), "/w/m.gguf", context=512, parallel=1, mmproj="/w/p.gguf")
+    argv = server_argv("s", on_workers(spec, PLAN, ENDS), INSTANCE, "x")
+    assert value(argv, "--mmproj-device") == "CUDA1"
+    argv = server_argv("s", on_workers(spec, replace(PLAN, own=()), ENDS), INSTANCE, "x")
+    assert "--no-mmproj-offload" in argv
+    assert not {"--mmproj-device", "--no-mmproj-offload"} & set(
+        server_argv("s", spec, INSTANCE, "x")
+    )

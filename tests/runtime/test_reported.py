@@ -65,6 +65,16 @@ sched_reserve:  CUDA_Host compute buffer size =    20.00 MiB
     }
 
 
+def test_what_lies_on_other_nodes_is_not_of_this_one() -> None:
+    lent = MemoryParts(weights=90)
+    here = {"CPU": MemoryParts(weights=10), "CUDA0": MemoryParts(weights=20)}
+    report = MemoryReport({**here, "RPC0[127.0.0.1:1]": lent, "RPC0[127.0.0.1:2]": lent}, (5, 5))
+    assert report.total == 210
+    assert report.own == MemoryReport(here)
+    alone = MemoryReport(here, (5, 5))
+    assert alone.own is alone
+
+
 def test_metal_maps_the_file_into_the_device() -> None:
     report = read(
         "load_tensors: MTL0_Mapped model buffer size = 80.00 MiB\n"

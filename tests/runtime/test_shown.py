@@ -13,7 +13,16 @@ from meshd.runtime.hosting_events import LoadOptions
 from meshd.runtime.reported import MemoryReport
 from meshd.runtime.shown import model_view, proved_memory
 from meshd.runtime.supervisor import EngineReport
-from meshd.view import ModelState, NodeState, NodeView, ProofView, RuntimeView
+from meshd.view import (
+    ModelState,
+    NodeState,
+    NodeView,
+    Part,
+    ProofView,
+    RuntimeView,
+    SplitPlan,
+    WorkerShare,
+)
 from meshd.view.shape import MemoryParts
 
 NODE = NodeView(NodeId("n"), "n", "1", "member", NodeState.READY, 0.0, "127.0.0.1:9337", None)
@@ -46,6 +55,20 @@ def test_memory_of_a_proved_device_is_shown() -> None:
     assert dict(host.memory) == {"CPU": 10, "CUDA0": 90}
     assert (host.offloaded, view.reason) == ((5, 5), None)
     assert [t.slots for t in view.targets] == [4]
+
+
+def test_workers_are_shown_while_they_are_asked_and_after() -> None:
+    part = Part(NodeId("b"), "b", (("CUDA0", 90),), (9,), 1, True, 0.9)
+    options = LoadOptions(split=SplitPlan((part,), beside=1))
+    entry = replace(ENTRY, options=options, state=ModelState.LOADING, reason="asking b for memory")
+    asking = replace(READY, state=ChildState.STARTING, instance=None, socket_path=None)
+    view = model_view(entry, asking, None, NODE, 3, 0.0)
+    (host,) = view.hosts
+    assert host.workers == (WorkerShare(NodeId("b"), "b", 0.9, 90),)
+    assert (view.reason, view.targets) == ("asking b for memory", ())
+    ready = replace(entry, state=ModelState.READY)
+    (host,) = model_view(ready, READY, proved_memory(ON_CPU.own, CPU), NODE, 3, 0.0).hosts
+    assert (len(host.workers), dict(host.memory)) == (1, {"CPU": 100})
 
 
 def test_layers_that_did_not_fit_are_said() -> None:

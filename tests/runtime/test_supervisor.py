@@ -2,85 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 import signal
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from meshd.ids import InstanceId
 from meshd.runtime import prober
-from meshd.runtime.child_events import (
-    ChildState,
-    EngineFacts,
-    ProbeKind,
-    ProbePassed,
-    Progressed,
-)
+from meshd.runtime.child_events import ChildState, ProbeKind, ProbePassed, Progressed
 from meshd.runtime.supervisor import EngineSupervisor
 from tests.runtime.conftest import Stage, wait_for
+from tests.runtime.scripted_process import ScriptedProcess
 
-
-class ScriptedProcess:
-    """In place of `ChildProcess`: says and ends what and when the test wants."""
-
-    made: list[ScriptedProcess] = []  # noqa: RUF012 (emptied by the fixture)
-    exit_before_spawned: list[int] = []  # noqa: RUF012 (statuses, one for each spawn to come)
-
-    def __init__(self, on_line: Callable[[str], None], on_exit: Callable[[int], None]) -> None:
-        self.pid = os.getpid()  # a process whose activity can be read
-        self.say = on_line
-        self.signals: list[signal.Signals] = []
-        self._on_exit = on_exit
-        self._exited = asyncio.Event()
-        ScriptedProcess.made.append(self)
-
-    @classmethod
-    async def spawn(
-        cls,
-        argv: Sequence[str],
-        *,
-        cwd: Path,
-        on_line: Callable[[str], None],
-        on_exit: Callable[[int], None],
-    ) -> ScriptedProcess:
-        process = cls(on_line, on_exit)
-        await asyncio.sleep(0)
-        if cls.exit_before_spawned:
-            process.exit(cls.exit_before_spawned.pop())
-            await asyncio.sleep(0)
-        return process
-
-    async def wait_exit(self, timeout_s: float) -> bool:
-        await self._exited.wait()
-        return True
-
-    def signal_group(self, number: signal.Signals) -> None:
-        self.signals.append(number)
-        self.exit(-number)
-
-    def exit(self, status: int) -> None:
-        self._exited.set()
-        self._on_exit(status)
-
-
-@pytest.fixture(autouse=True)
-def _scripted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("meshd.runtime.supervisor.ChildProcess", ScriptedProcess)
-    ScriptedProcess.made.clear()
-    ScriptedProcess.exit_before_spawned.clear()
-
-    async def startup(*_: object) -> EngineFacts:
-        return EngineFacts(2, 512)
-
-    async def fine(*_: object) -> None:
-        return None
-
-    monkeypatch.setattr(prober, "startup", startup)
-    monkeypatch.setattr(prober, "liveness", fine)
-    monkeypatch.setattr(prober, "generate", fine)
+pytestmark = pytest.mark.usefixtures("scripted")
 
 
 @pytest.fixture
