@@ -1,8 +1,9 @@
-"""One bulk stream: blocking TLS over a TCP connection, for one thread.
+"""One bulk stream: TLS over a TCP connection, for one thread.
 
 The TLS engine works in memory and the socket is read and written in large pieces: a TLS record has
 16 KiB at most, and two system calls for each of them cost a fifth of the speed. Frames are those of
-links (`frames.py`); raw bytes come between them as the frames say.
+links (`frames.py`); raw bytes come between them as the frames say. Everything blocks, until a
+stream of whose bytes nothing is known any more is made `unblocked`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ PIECE_BYTES: Final = 256 * 1024
 """Read from or written to the socket at once."""
 SILENCE_S: Final = 60.0
 """The other side is given up when nothing moves for so long."""
+KEEP_ALIVE: Final = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 4}
+"""Seconds of silence before the kernel asks whether the other machine is there, seconds between
+two questions, and questions without an answer that end the connection; by the option's name, as far
+as the platform has it. Not TCP_USER_TIMEOUT: Linux also ends by it a connection whose other side is
+well and just does not read, as an engine that computes for longer than that."""
 
 
 class TlsFailed(PeerUnreachable):
@@ -54,6 +60,8 @@ class BulkStream:
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server)
         self._piece = memoryview(bytearray(PIECE_BYTES))
+        self._unsent = memoryview(b"")
+        """Encrypted, and not taken by the socket when it was unblocked."""
 
     def secure(self) -> None:
         """The handshake. Raises PeerUnreachable, ssl.SSLCertVerificationError."""
@@ -124,13 +132,87 @@ class BulkStream:
         """Send raw bytes."""
         data = data.cast("B")
         for start in range(0, len(data), PIECE_BYTES):
-            piece = data[start : start + PIECE_BYTES]
-            try:
-                while piece:
-                    piece = piece[self._tls.write(piece) :]  # one record a call
-            except ssl.SSLError as error:
-                raise _failed(error) from None
+            self._encrypt(data[start : start + PIECE_BYTES])
             self._flush()
+
+    # -- bytes, without waiting -------------------------------------------------------------------
+
+    def unblocked(self) -> None:
+        """From now on only the methods below, none of which waits. Silence does not end the stream
+        any more; that the other machine is gone does."""
+        self._connection.setblocking(False)
+        prompt(self._connection)
+
+    def fileno(self) -> int:
+        return self._connection.fileno()
+
+    @property
+    def has_more(self) -> bool:
+        """Whether `take` may find bytes although the socket has none."""
+        return bool(self._incoming.pending or self._tls.pending())
+
+    @property
+    def unsent(self) -> bool:
+        """Whether `push` has something to do when the socket can be written."""
+        return bool(self._unsent or self._outgoing.pending)
+
+    def take(self, buffer: memoryview) -> int:
+        """How many bytes were put into `buffer`; 0: none have come."""
+        if not self.has_more:
+            try:
+                count = self._connection.recv_into(self._piece)
+            except BlockingIOError:
+                return 0
+            except OSError as error:
+                raise _broken(error) from None
+            if not count:
+                raise PeerUnreachable("the other side closed the stream")
+            self.bytes_in += count
+            self._incoming.write(self._piece[:count])
+        return self._decrypt(buffer)
+
+    def give(self, data: memoryview) -> None:
+        """Take over all of `data` and send what the socket takes of it; the rest is `unsent`. Give
+        nothing more until it is sent."""
+        self._encrypt(data)
+        self.push()
+
+    def push(self) -> None:
+        """Send what the socket takes now of what is unsent."""
+        try:
+            while self.unsent:
+                if not self._unsent:
+                    self._unsent = memoryview(self._outgoing.read())
+                count = self._connection.send(self._unsent)
+                self.bytes_out += count
+                self._unsent = self._unsent[count:]
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            raise _broken(error) from None
+
+    def _decrypt(self, buffer: memoryview) -> int:
+        """What the TLS engine has in hand, as far as it fits."""
+        filled = 0
+        try:
+            while filled < len(buffer) and self.has_more:
+                free = buffer[filled:]
+                count = cast("int", self._tls.read(len(free), free))
+                if not count:
+                    raise PeerUnreachable("the other side closed the stream")
+                filled += count
+        except ssl.SSLWantReadError:
+            pass  # the record is not complete
+        except ssl.SSLError as error:
+            raise _failed(error) from None
+        return filled
+
+    def _encrypt(self, data: memoryview) -> None:
+        try:
+            while data:
+                data = data[self._tls.write(data) :]  # one record a call
+        except ssl.SSLError as error:
+            raise _failed(error) from None
 
     # -- end --------------------------------------------------------------------------------------
 
@@ -176,6 +258,15 @@ class BulkStream:
             if left_s <= 0:
                 raise TimeoutError
             self._connection.settimeout(left_s)
+
+
+def prompt(connection: socket.socket) -> None:
+    """What is sent on `connection` goes at once, and its end is noticed although nothing is."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in KEEP_ALIVE.items():
+        if (option := getattr(socket, name, None)) is not None:
+            connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _broken(error: OSError) -> PeerUnreachable:
