@@ -7,8 +7,9 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import cast
 
 from meshd.config import environment_of_children
@@ -45,9 +46,11 @@ class ChildProcess:
         cwd: Path,
         on_line: Callable[[str], None],
         on_exit: Callable[[int], None],
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> ChildProcess:
-        """Start `argv` in a session of its own. Raises OSError if no process can be made; a program
-        that cannot be executed is an exit with status 127 and a line that says why."""
+        """Start `argv` in a session of its own, with `environment` added to ours. Raises OSError if
+        no process can be made; a program that cannot be executed is an exit with status 127 and a
+        line that says why."""
         transport, protocol = await asyncio.get_running_loop().subprocess_exec(
             lambda: _Output(on_line, on_exit),
             *guarded(argv),
@@ -55,7 +58,7 @@ class ChildProcess:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             cwd=cwd,
-            env=environment_of_children(ENVIRONMENT),
+            env=environment_of_children({**ENVIRONMENT, **environment}),
             start_new_session=True,
         )
         return cls(transport, protocol.exited)
