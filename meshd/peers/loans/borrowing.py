@@ -301,7 +301,7 @@ class _Worker:
                     raise ProtocolError("it granted twice")
                 self._granted.set_result(word.loan)
             case Refused():
-                self._say_no(word.message)
+                self._over(word.message)
             case Moved():
                 if self._stall is not None and not self._stall.expired():
                     self._stall.reschedule(asyncio.get_running_loop().time() + STALL_S)
@@ -311,15 +311,12 @@ class _Worker:
                     raise ProtocolError("it serves what was not committed")
                 self._serving.set_result(word.warmed_bytes)
             case Ended():
-                self._say_no(word.reason)
+                self._over(word.reason)
             case _:
                 assert_never(word)
 
-    def _say_no(self, words: str) -> None:
-        self.line.hang_up()
-        self._over(words)
-
     def _over(self, reason: str) -> None:
+        self.line.hang_up(End(reason=reason))
         self._broke(self._failed(reason).message)
 
     def _failed(self, words: str) -> SplitFailed:

@@ -114,7 +114,7 @@ class _Lent:
         lent: set[_Lent],
         pace: Pace,
     ) -> None:
-        self.line = Line(self._heard, self._finish, pace)
+        self.line = Line(self._heard, self.end, pace)
         self.loan: Loan | None = None
         self._host = host
         self._name = name
@@ -131,7 +131,7 @@ class _Lent:
         self._expect("ask", ASK_S)
 
     def end(self, reason: str) -> None:
-        """From this side."""
+        """From this side, or because nothing more comes from the other."""
         self.line.hang_up(Ended(reason=reason))
         self._finish(reason)
 

@@ -34,7 +34,7 @@ class Pace:
 
 class Line(asyncio.Protocol):
     """`heard(frame)` for each frame, which may raise ProtocolError: the line ends then.
-    `over(reason)` once, unless `hang_up` came before."""
+    `over(reason)` once, unless `hang_up` came before; it may hang up itself, with a last word."""
 
     def __init__(
         self,
@@ -66,12 +66,18 @@ class Line(asyncio.Protocol):
         )
 
     def hang_up(self, last: WireModel | None = None) -> None:
-        """End it from this side, with a last word; `over` is not called. May be called again."""
+        """End it from this side; `over` is not called from now on. May be called again."""
         if self._ended:
             return
         if last is not None:
             self.say(last)
-        self._stop()
+        self._ended = True
+        self._rest()
+        if self._transport is not None:
+            # A close waits for an answer of the other side, which may be gone without a word.
+            self._transport.close()
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(LINGER_S, self._transport.abort)
 
     async def wait_closed(self) -> None:
         """Until the connection is gone; after `hang_up`, `LINGER_S` at most."""
@@ -98,17 +104,16 @@ class Line(asyncio.Protocol):
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._end(f"the connection broke: {exc}" if exc is not None else "the connection closed")
         self._transport = None
-        if self._timer is not None:
-            self._timer.cancel()
         self._closed.set()
+        self._end(f"the connection broke: {exc}" if exc is not None else "the connection closed")
+        self._rest()
 
     # -- life -------------------------------------------------------------------------------------
 
     def _beat(self) -> None:
         if self._unheard * self._pace.beat_s >= self._pace.silent_s:
-            self._end(f"nothing was heard of it for {self._pace.silent_s:.0f} s")
+            self._end(f"nothing was heard of it for {self._pace.silent_s:g} s")
             return
         self._unheard += 1
         self.say(Beat())
@@ -116,16 +121,10 @@ class Line(asyncio.Protocol):
 
     def _end(self, reason: str) -> None:
         if not self._ended:
-            self._stop()
             self._over(reason)
+            self.hang_up()
 
-    def _stop(self) -> None:
-        self._ended = True
+    def _rest(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._transport is not None:
-            # A close waits for an answer of the other side, which may be gone without a word.
-            self._transport.close()
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(LINGER_S, self._transport.abort)
