@@ -1,0 +1,173 @@
+"""Rounds of the benchmark of splits: every way once, in turns."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.processes import Stable, family_cpu_s, machine_cpu_s
+from bench.split_engines import (
+    Engines,
+    Lender,
+    plain_recipe,
+    received_bytes,
+    recipe_of,
+    speeds,
+)
+from bench.split_nodes import LENDERS, LONER, OWNER, Lost, SplitNodes
+from tests.mesh.network import Host, Network
+
+ALONE, LOOPBACK, WIRE, MESHD = "alone", "loopback", "wire", "meshd"
+FRONTS = (ALONE, LOOPBACK, WIRE, MESHD)
+ONE_NODE = "meshd, one node"
+EMPTY, FILLED = ", empty caches", ", full caches"
+"""Of a way that is split."""
+
+Figures = dict[str, dict[str, dict[str, float]]]
+"""Way → kind → figure → value, of one round."""
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How many rounds; 0 leaves the part out."""
+
+    speeds: int
+    loads: int
+    recovery: int
+
+
+@dataclass(slots=True)
+class Measured:
+    speeds: list[Figures] = field(default_factory=list)
+    loads: list[Figures] = field(default_factory=list)
+    recovery: list[Lost] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Lab:
+    """Where it all happens."""
+
+    stable: Stable
+    lan: Network
+    work: Path
+    engine_dir: Path
+    weights: Path
+
+
+def measure(lab: Lab, sizes: Sizes, say: Say, *, nodes: bool) -> Measured:
+    """All rounds. Without `nodes` only stock engines are measured."""
+    for name in (OWNER, *LENDERS, LONER):
+        lab.lan.add(name)
+    recipe, mesh = plain_recipe(lab.engine_dir, lab.weights), None
+    if nodes:
+        mesh = SplitNodes(lab.stable, lab.lan, lab.work, lab.engine_dir, lab.weights)
+        mesh.begin()
+        mesh.load()
+        recipe = recipe_of(*mesh.command_lines())
+    turns = Turns(lab, Engines(lab.stable, lab.work, recipe), mesh)
+    measured = Measured()
+    if sizes.speeds:
+        measured.speeds = turns.speeds(sizes.speeds, say)
+    if sizes.loads:
+        measured.loads = turns.loads(sizes.loads, say)
+    if sizes.recovery and mesh is not None:
+        mesh.load()
+        for number in range(sizes.recovery):
+            measured.recovery.append(mesh.lose_worker(number))
+            say(f"recovery {number + 1} of {sizes.recovery}: {measured.recovery[-1]}")
+    return measured
+
+
+class Turns:
+    """Stock engines, and nodes if there are any, on the same hosts."""
+
+    def __init__(self, lab: Lab, engines: Engines, mesh: SplitNodes | None) -> None:
+        self._lab = lab
+        self._engines = engines
+        self._mesh = mesh
+        self._host, *others = (lab.lan.hosts[name] for name in (OWNER, *LENDERS[:2]))
+        self._ends: Mapping[str, tuple[Lender, ...]] = {
+            ALONE: (),
+            LOOPBACK: ((self._host, "127.0.0.1"),) * 2,
+            WIRE: tuple((host, str(host.address)) for host in others),
+        }
+
+    def speeds(self, count: int, say: Say) -> list[Figures]:
+        """All engines stay loaded; one answers at a time, and who begins rotates."""
+        started = {
+            way: self._engines.start(way, self._host, *ends) for way, ends in self._ends.items()
+        }
+        where = {way: engine.where for way, engine in started.items()}
+        if self._mesh is not None:
+            where[MESHD] = self._mesh.engine_socket()
+        for front in where.values():
+            speeds(front, -1)  # the first answer is slower than others
+        found = []
+        for number in range(count):
+            found.append(_speeds(where, number))
+            say(f"speeds {number + 1} of {count}: {found[-1]}")
+        for engine in started.values():
+            self._engines.end(engine)
+        return found
+
+    def loads(self, count: int, say: Say) -> list[Figures]:
+        """Every engine is ended before the next one loads."""
+        if self._mesh is not None:
+            self._mesh.unload()
+        found = []
+        for number in range(count):
+            found.append(self._loads())
+            say(f"loads {number + 1} of {count}: {found[-1]}")
+        return found
+
+    def _loads(self) -> Figures:
+        figures = {ALONE: self._stock_load(ALONE)}
+        self._engines.forget_tensors(WIRE)
+        figures[WIRE + EMPTY] = self._stock_load(WIRE)
+        figures[WIRE + FILLED] = self._stock_load(WIRE)
+        if self._mesh is not None:
+            figures[ONE_NODE] = self._counted(self._mesh.load_alone)
+            self._mesh.unload()
+            self._mesh.forget_tensors()
+            for state in (EMPTY, FILLED):
+                figures[MESHD + state] = self._counted(self._mesh.load)
+                self._mesh.unload()
+        return {way: {"load": values} for way, values in figures.items()}
+
+    def _stock_load(self, way: str) -> dict[str, float]:
+        def load() -> float:
+            engine = self._engines.start(way, self._host, *self._ends[way])
+            self._engines.end(engine)
+            return engine.load_s
+
+        return self._counted(load)
+
+    def _counted(self, load: Callable[[], float]) -> dict[str, float]:
+        """Seconds it says it took, and what came to the other hosts meanwhile."""
+        others: tuple[Host, ...] = tuple(self._lab.lan.hosts[name] for name in LENDERS)
+        before = received_bytes(*others)
+        seconds = load()
+        pushed = received_bytes(*others) - before
+        percent = round(100 * pushed / self._lab.weights.stat().st_size, 3)
+        return {"seconds": round(seconds, 3), "pushed_bytes": pushed, "pushed_percent": percent}
+
+
+def _speeds(where: Mapping[str, Path], number: int) -> Figures:
+    """One round. Of each way also whether it said something else than one engine alone."""
+    ways = list(where)
+    turn = number % len(ways)
+    figures: Figures = {}
+    texts = {}
+    for way in ways[turn:] + ways[:turn]:
+        began, ours, everything = time.monotonic(), family_cpu_s(os.getpid()), machine_cpu_s()
+        values, texts[way] = speeds(where[way], number)
+        foreign_s = (machine_cpu_s() - everything) - (family_cpu_s(os.getpid()) - ours)
+        foreign = max(0.0, foreign_s) / (time.monotonic() - began)
+        figures[way] = {"speed": values | {"foreign": round(foreign, 3)}}
+    for way in ways:
+        figures[way]["speed"]["differs"] = float(texts[way] != texts[ALONE])
+    return {way: figures[way] for way in ways}
