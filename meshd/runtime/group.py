@@ -187,6 +187,8 @@ class Group:
     def __init__(self, workers: str) -> None:
         self.state = ChildState.STOPPED
         self.reason: str | None = None
+        self.worker_lost = False
+        """It FAILED because a worker refused or was lost: nothing is known to be wrong here."""
         self._workers = workers
         self._loans = _Loans.NONE
         self._engine = _Engine.NONE
@@ -214,7 +216,7 @@ class Group:
                 return self._granted(event.endpoints)
             case NotGranted():
                 self._loans = _Loans.NONE
-                return self._wind_up() if self._stopping else self._fail(event.reason)
+                return self._wind_up() if self._stopping else self._fail_without(event.reason)
             case WorkerLost():
                 return self._worker_lost(event.reason)
             case EngineMoved():
@@ -232,7 +234,7 @@ class Group:
         if self._stopping:
             return self._wind_up()
         if self._lost is not None:
-            return self._fail(self._lost)
+            return self._fail_without(self._lost)
         self._engine = _Engine.ALIVE
         return [LaunchEngine(endpoints)]  # 1
 
@@ -242,7 +244,7 @@ class Group:
             return []
         if self._loans is not _Loans.HELD:
             return []
-        return self._end_all(reason) if self._stopping else self._fail(reason)  # 2
+        return self._end_all(reason) if self._stopping else self._fail_without(reason)  # 2
 
     def _engine_moved(self, event: EngineMoved, now: float) -> list[Effect]:
         if event.state is ChildState.STOPPED:
@@ -259,6 +261,10 @@ class Group:
             self._news_at = now + NEWS_S
             return self._become(ChildState.STOPPING, reason)
         return self._fail(reason)  # 2
+
+    def _fail_without(self, reason: str) -> list[Effect]:
+        self.worker_lost = True
+        return self._fail(reason)
 
     def _fail(self, reason: str) -> list[Effect]:
         self._news_at = None
@@ -296,7 +302,7 @@ class Group:
     def _tick(self, now: float) -> list[Effect]:
         if self._news_at is None or now < self._news_at:
             return []
-        return self._fail(self.reason or "")  # 4
+        return self._fail_without(self.reason or "")  # 4
 
     def _become(self, state: ChildState, reason: str | None) -> list[Effect]:
         self.state, self.reason = state, reason

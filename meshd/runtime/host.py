@@ -200,6 +200,11 @@ class ModelHost(Service):
         engine = self._engines.get(model)
         return None if engine is None else self._memory(engine.report)
 
+    def worker_lost(self, model: ModelId) -> bool:
+        """Whether a model that FAILED did so because a worker refused or was lost."""
+        engine = self._engines.get(model)
+        return isinstance(engine, SplitEngine) and engine.worker_lost
+
     @property
     def engine_id(self) -> str:
         """Of the engine that models run on; empty while none is known."""

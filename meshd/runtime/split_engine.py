@@ -94,6 +94,11 @@ class SplitEngine:
         engine_s = 0.0 if self._engine is None else self._engine.overdue_s
         return max(self._driver.overdue_s, engine_s)
 
+    @property
+    def worker_lost(self) -> bool:
+        """It FAILED because a worker refused or was lost: nothing is known to be wrong here."""
+        return self._machine.worker_lost
+
     async def wait_stopped(self) -> None:
         await self._stopped.wait()
 

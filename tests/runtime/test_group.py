@@ -82,6 +82,7 @@ def test_what_is_not_granted_has_failed_and_nothing_is_left_to_end(group: Group)
     ask(group)
     assert orders(group, NotGranted("c lends nothing")) == []
     assert at(group) == (ChildState.FAILED, "c lends nothing")
+    assert group.worker_lost
     assert orders(group, StopAsked(0.0)) == []
     assert at(group) == (ChildState.STOPPED, None)
 
@@ -93,6 +94,7 @@ def test_a_lost_worker_kills_the_engine_and_ends_all_loans(group: Group) -> None
     serve(group)
     assert orders(group, WorkerLost(LOST)) == [KillLaunched(), EndLoans(LOST)]
     assert at(group) == (ChildState.FAILED, LOST)
+    assert group.worker_lost
     assert orders(group, EngineMoved(ChildState.STOPPING, "stopping the engine")) == []
     assert orders(group, STOPPED) == []
     assert orders(group, LoansEnded()) == []
@@ -124,6 +126,7 @@ def test_an_engine_that_fails_by_itself_ends_the_loans(group: Group) -> None:
     failed = EngineMoved(ChildState.FAILED, "out of memory: RPC0", "out_of_memory")
     assert orders(group, failed) == [EndLoans("out of memory: RPC0")]
     assert at(group) == (ChildState.FAILED, "out of memory: RPC0")
+    assert not group.worker_lost
     assert orders(group, WorkerLost(LOST)) == []
     assert group.reason == "out of memory: RPC0"
     assert orders(group, StopAsked(0.0)) == [StopLaunched(0.0)]
@@ -151,6 +154,7 @@ def test_an_abort_of_which_no_news_comes_is_told_as_it_is(group: Group) -> None:
     group.handle(ABORT, 10.0)
     assert orders(group, Tick(), 10.0 + NEWS_S) == [EndLoans(str(ABORT.reason))]
     assert at(group) == (ChildState.FAILED, ABORT.reason)
+    assert group.worker_lost
     assert group.due() is None
 
 

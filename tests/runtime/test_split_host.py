@@ -78,8 +78,10 @@ async def test_a_lost_worker_fails_the_model_and_an_unload_forgets_it(
     lender.lost(LOST)
     failed = await house.until(ModelState.FAILED)
     assert (failed.reason, failed.targets) == (LOST, ())
+    assert house.host.worker_lost(M)
     house.host.unload("m", 0.0)
     await wait_for(lambda: house.view is None, "gone")
+    assert not house.host.worker_lost(M)
     assert lender.ended == [LOST]
     assert house.host.restarts == 0
 
