@@ -142,10 +142,12 @@ async def _first_error(work: Coroutine[Any, Any, T]) -> T:
     try:
         return await work
     except BaseExceptionGroup as errors:
-        expected, bugs = errors.split(MeshdError)
-        if bugs is None and task.cancelling() > cancels:
+        bugs = errors.split(MeshdError)[1]
+        if bugs is not None:
+            raise bugs from None
+        if task.cancelling() > cancels:
             raise asyncio.CancelledError from None
-        raise (bugs or next(iter(expected.exceptions if expected else ()))) from None
+        raise errors.exceptions[0] from None
 
 
 class _Group:

@@ -103,7 +103,7 @@ class Scene:
         self.lost = asyncio.Event()
         self.moved: list[str] = []
 
-    async def borrow(self, *parts: Part, pace: Pace = FAST) -> Borrowed:
+    async def borrow(self, *parts: Part) -> Borrowed:
         return await borrow(
             an_order(*(parts or tuple(w.part for w in self.workers))),
             connect=self.connect,
@@ -111,7 +111,7 @@ class Scene:
             probe=self.tunnels.probe,
             lost=self._lose,
             moved=self.moved.append,
-            pace=pace,
+            pace=FAST,
         )
 
     def connect(
@@ -272,7 +272,7 @@ async def test_a_worker_that_does_not_answer_is_not_waited_for(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(borrowing, "ASK_S", 0.3)
-    scene.two.serves = lambda *_: Mute({"t": "beat"}, beats=True)
+    scene.two.serves = lambda *_: Mute(beats=True)
     with pytest.raises(SplitFailed, match=r"no answer of two within"):
         await scene.borrow()
     await scene.nothing_is_left()
@@ -407,7 +407,7 @@ async def test_cancelled_at_any_step_nothing_is_left(scene: Scene, step: str) ->
 
         def late(node: NodeId, name: str) -> asyncio.Protocol:
             reached.set()
-            return Mute()
+            return Mute(beats=True)
 
         scene.two.serves = late
     elif step == "commit":
@@ -415,7 +415,7 @@ async def test_cancelled_at_any_step_nothing_is_left(scene: Scene, step: str) ->
         reached = scene.two.lender.committing
     else:
         (scene.tunnels.gate if step == "tunnels" else scene.tunnels.probe_gate).clear()
-    work = asyncio.create_task(scene.borrow(pace=Pace()))
+    work = asyncio.create_task(scene.borrow())
     async with asyncio.timeout(5):
         await reached.wait()
     work.cancel()
