@@ -41,9 +41,11 @@ LAST_WORDS = 8
 of its standard output until it ended."""
 PORT_TAKEN = "Failed to create server socket"
 """All it prints if it cannot listen, whatever the cause; it exits with status 0 then."""
-SERVES = "Accepted client connection"
-"""What it prints when a connection is served, after the endpoint; nothing leaves its buffer before.
-Both lines: ggml/src/ggml-rpc/ggml-rpc.cpp, build 0c1e570."""
+SERVES, RESTS = "Accepted client connection", "Client connection closed"
+"""What it prints when it begins to serve a connection, and when it is done with it; nothing leaves
+its buffer before. All three: ggml/src/ggml-rpc/ggml-rpc.cpp, build 0c1e570."""
+REST_LIMIT_S = 0.5
+"""How long it may go on serving before it is killed: whoever it serves should be gone already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,9 @@ class RpcServer:
         self._said: deque[str] = deque(maxlen=EVIDENCE_LINES)
         self._process: ChildProcess | None = None
         self._status: int | None = None
-        self._serving = False
+        self._running = False
+        self._resting = asyncio.Event()
+        self._ended_at_rest = False
 
     @classmethod
     async def start(
@@ -131,22 +135,29 @@ class RpcServer:
         connections. Empty where the platform does not tell."""
         return ports.users_connected(self.port) - {os.getuid()}
 
-    async def stop(self) -> None:
-        """End it and all it started. It has nothing to save, and knows no gentler way. Gone within
-        `END_LIMIT_S`, unless a driver holds it. Calling it again does no harm."""
-        self._serving = False
+    async def stop(self) -> bool:
+        """End it and all it started; it knows no gentler way than to be killed. Gone within
+        `END_LIMIT_S`, unless a driver holds it. Calling it again does no harm.
+
+        Returns whether it was at rest then, serving nobody: all files it wrote to its cache are
+        whole, unless the disk was full.
+        """
+        if self._running:
+            self._running = False
+            self._ended_at_rest = await self._rests()
         if self._process is not None:
             self._process.signal_group(signal.SIGKILL)
             if not await self._process.wait_exit(END_LIMIT_S):
                 log.warning("rpc-server %d was killed and does not end", self._process.pid)
         self._output.close()
+        return self._ended_at_rest
 
     async def _start(self) -> None:
         for _ in range(PORT_TRIES):
             process = await self._spawn(ports.free_port())
             if await self._listens(process):
                 await self._ask(process)
-                self._serving = True
+                self._running = True
                 return
             if not any(PORT_TAKEN in line for line in self._said):
                 raise self._failed(f"ended with status {self._status}")
@@ -155,6 +166,7 @@ class RpcServer:
     async def _spawn(self, port: int) -> ChildProcess:
         self.port = port
         self._said.clear()
+        self._resting.set()
         environment = {"GGML_RPC_NO_RDMA": "1"}
         if self.spec.cache_dir is not None:
             environment["LLAMA_CACHE"] = str(self.spec.cache_dir)
@@ -199,16 +211,26 @@ class RpcServer:
         if await process.wait_exit(0):
             raise self._failed(f"ended with status {self._status}")
 
+    async def _rests(self) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(REST_LIMIT_S):
+                await self._resting.wait()
+        return self._resting.is_set() and self._status is None
+
     def _line(self, line: str) -> None:
         self._said.append(line)
+        if SERVES in line:
+            self._resting.clear()
+        elif RESTS in line:
+            self._resting.set()
         self._output.add(line, time.time())
 
     def _exited(self, status: int) -> None:
         self._status = status
         with contextlib.suppress(OSError):
             self._pid_file.unlink(missing_ok=True)
-        if self._serving:
-            self._serving = False
+        if self._running:
+            self._running = False
             self._on_exit(self._failed(f"ended with status {status}").message)
 
     @property

@@ -152,12 +152,12 @@ class TensorCache:
         whole |= {name: files[name] for name in tensors.values() if name in files}
         self._write(_Index.of(protocol, whole, {**known, **tensors}))
 
-    def measure(self, before: Kept) -> int:
-        """Bytes of tensors that were pushed since `before` was taken: to be asked when a load is
-        over. They are whole then, and written down as such."""
+    def measure(self, before: Kept, *, whole: bool) -> int:
+        """Bytes of tensors that were pushed since `before` was taken. `whole`: the server was at
+        rest since, so they are not cut short, and are written down as such."""
         index, files = self._index(), self.files()
         new = {name: file for name, file in files.items() if before.get(name) != file}
-        if new and _has_room(self.path, 0):
+        if whole and new and _has_room(self.path, 0):
             known = {n: f for n, f in index.whole().items() if files.get(n) == f}
             try:
                 self._write(_Index.of(index.protocol, {**known, **new}, index.tensors))

@@ -28,6 +28,16 @@ log = logging.getLogger(__name__)
 TELL_EVERY_S = 0.5
 
 
+@dataclass(frozen=True, slots=True)
+class Warmed:
+    """Bytes of a worker's tensors."""
+
+    sent: int
+    """Given to the server just now."""
+    held: int
+    """Known to lie in its cache; a host need not push them."""
+
+
 async def warm(
     cache: TensorCache,
     port: int,
@@ -36,17 +46,16 @@ async def warm(
     rpc_protocol: str,
     pool: Pool,
     moved: Callable[[str], None],
-) -> int:
+) -> Warmed:
     """Have the RPC server on `port`, whose cache is `cache`, keep those of `tensors` (all this
-    worker holds) that a host would offer by hash and that it has not kept before. Returns the bytes
-    that it was given.
+    worker holds) that a host would offer by hash and that it has not kept before.
 
     `moved` is told how far it is, on the loop, more than once a second. Raises nothing: what was
     not warmed is pushed by the host. A cancelled warming ends within a second, in its thread.
     """
     if rpc_protocol != rpc_words.PROTOCOL:
         log.info("protocol %s of the engine is not known well enough to warm it", rpc_protocol)
-        return 0
+        return Warmed(0, 0)
     loop = asyncio.get_running_loop()
 
     def tell(words: str) -> None:
@@ -60,7 +69,7 @@ async def warm(
     except asyncio.CancelledError:
         work.given_up.set()
         raise
-    return work.sent
+    return Warmed(work.sent, work.held)
 
 
 class _GivenUp(OSError):
@@ -75,17 +84,19 @@ class _Warming:
     port: int
     tell: Callable[[str], None]
     sent: int = 0
-    total: int = 0
+    held: int = 0
     given_up: threading.Event = field(default_factory=threading.Event)
+    _total: int = 0
     _told_at: float = float("-inf")
     _kept: dict[str, str] = field(default_factory=dict)
 
     def run(self, tensors: Sequence[TensorExtent]) -> None:
         """Raises OSError; what came before it counts."""
         lacking = self.cache.lacking(tensors, rpc_words.PROTOCOL)
+        self._total = sum(t.size for t in lacking)
+        self.held = sum(t.size for t in tensors) - self._total
         if not lacking:
             return
-        self.total = sum(t.size for t in lacking)
         began = time.monotonic()
         try:
             with Connection(self.port, self._waiting) as connection:
@@ -112,6 +123,7 @@ class _Warming:
             name = self.cache.keep_tensor(tensor, before)
             if name is not None:
                 self._kept[tensor.name] = name
+                self.held += tensor.size
         connection.free(buffer)
 
     def _moved(self, count: int) -> None:
@@ -124,4 +136,4 @@ class _Warming:
         now = time.monotonic()
         if now >= self._told_at + TELL_EVERY_S:
             self._told_at = now
-            self.tell(f"warming tensors: {self.sent >> 20} of {self.total >> 20} MiB")
+            self.tell(f"warming tensors: {self.sent >> 20} of {self._total >> 20} MiB")

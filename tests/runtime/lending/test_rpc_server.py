@@ -93,10 +93,10 @@ async def test_a_server_is_proved_and_ended(start: Start, places: EnginePlaces) 
     assert server.strangers() == frozenset()
     assert [path.name for path in places.run_dir.iterdir()] == [f"{server.spec.loan}.pid"]
     began = time.monotonic()
-    await server.stop()
+    assert await server.stop() is True
     assert time.monotonic() - began < rpc_server.END_LIMIT_S
     assert not psutil.pid_exists(server.pid)
-    await server.stop()
+    assert await server.stop() is True
     assert told == []
     assert list(places.run_dir.iterdir()) == []
 
@@ -116,9 +116,37 @@ async def test_one_that_is_killed_is_told_of_once(start: Start) -> None:
     server = await start(on_exit=told.append)
     os.kill(server.pid, signal.SIGKILL)
     await wait_for(lambda: told, "the exit is told")
-    await server.stop()
+    assert await server.stop() is False
     assert len(told) == 1
     assert "rpc-server of m ended with status -9" in told[0]
+
+
+@pytest.mark.engine
+async def test_one_that_serves_somebody_is_not_at_rest(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rpc_server, "REST_LIMIT_S", 0.05)
+    server = await start()
+    with socket.create_connection((ports.LOOPBACK, server.port)):
+        served = rpc_server.SERVES
+        await wait_for(lambda: _count(server, served) == 2, "it serves, after the probe")
+        assert await server.stop() is False
+    assert not psutil.pid_exists(server.pid)
+
+
+@pytest.mark.engine
+async def test_a_stop_waits_a_moment_for_whoever_is_leaving(start: Start) -> None:
+    server = await start()
+    with socket.create_connection((ports.LOOPBACK, server.port)):
+        await wait_for(lambda: _count(server, rpc_server.SERVES) == 2, "it serves")
+        stopping = asyncio.create_task(server.stop())
+        await asyncio.sleep(0)
+        assert not stopping.done()
+    assert await stopping is True
+
+
+def _count(server: RpcServer, words: str) -> int:
+    return sum(words in line for line in server.evidence())
 
 
 @pytest.mark.engine

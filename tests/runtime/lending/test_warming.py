@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -22,13 +23,14 @@ from meshd.runtime.lending.ports import LOOPBACK
 from meshd.runtime.lending.rpc_client import probe
 from meshd.runtime.lending.rpc_server import RpcServer
 from meshd.runtime.lending.tensor_cache import TensorCache, TensorCaches
-from meshd.runtime.lending.warming import warm
+from meshd.runtime.lending.warming import Warmed, warm
 from meshd.runtime.process import ChildProcess
 from tests.runtime.conftest import wait_for
 from tests.runtime.lending.conftest import Start
 
 DIGEST = "c" * 64
 HEADER_BYTES = 1 << 20
+NOWHERE = (TensorExtent("blk.0.x", "/nowhere", 0, 1 << 30),)
 PROMPT = orjson.dumps(
     {"prompt": "the mesh", "n_predict": 24, "temperature": 0, "cache_prompt": False}
 )
@@ -49,6 +51,15 @@ def tensors(weights: Path) -> tuple[TensorExtent, ...]:
     return tuple(TensorExtent(t.name, str(weights), t.offset, t.size) for t in header.tensors)
 
 
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> tuple[TensorExtent, ...]:
+    """Eight tensors of 11 MiB and a small one."""
+    path, size = tmp_path_factory.mktemp("noise") / "w", 11 << 20
+    path.write_bytes(os.urandom(8 * size + 100))
+    small = TensorExtent("blk.0.attn_norm.weight", str(path), 8 * size, 100)
+    return (*(TensorExtent(f"blk.{n}.x", str(path), n * size, size) for n in range(8)), small)
+
+
 @pytest.fixture
 def caches(tmp_path: Path) -> TensorCaches:
     return TensorCaches(tmp_path / "tensors", 1 << 30)
@@ -60,18 +71,18 @@ def opened(caches: TensorCaches) -> TensorCache:
     return cache
 
 
-Warm = Callable[..., Awaitable[int]]
+Warm = Callable[..., Awaitable[Warmed]]
 
 
 @pytest.fixture
-def fill(tensors: tuple[TensorExtent, ...], pool: Pool) -> Warm:
+def fill(pool: Pool) -> Warm:
     async def fill(
         cache: TensorCache,
         port: int,
-        some: tuple[TensorExtent, ...] = tensors,
+        tensors: tuple[TensorExtent, ...],
         moved: Callable[[str], None] = lambda _: None,
-    ) -> int:
-        return await warm(cache, port, some, rpc_protocol="7.0.0", pool=pool, moved=moved)
+    ) -> Warmed:
+        return await warm(cache, port, tensors, rpc_protocol="7.0.0", pool=pool, moved=moved)
 
     return fill
 
@@ -140,15 +151,14 @@ async def test_a_warmed_load_pushes_nothing_and_computes_the_same(
     async def pushed_by_a_load(warmed: bool) -> int:
         """Starts a server, perhaps warms it, loads the model over it, and compares its text."""
         server = await start(cache_dir=cache.path)
-        sent = await fill(cache, server.port) if warmed else 0
-        assert sent in (0, large)
+        if warmed:
+            assert await fill(cache, server.port, tensors) == Warmed(large, large)
         before = cache.files()
         split = ("--rpc", server.endpoint, "--device", "RPC0", "--n-gpu-layers", "99")
         async with llama_server(engine_dir, short_dir, *model, *split) as engine:
             assert await text_of(engine) == expected
-        pushed = cache.measure(before)
-        await server.stop()
-        return pushed
+        assert await server.stop()  # its host has left it
+        return cache.measure(before, whole=True)
 
     assert await pushed_by_a_load(warmed=True) == 0
     assert cache.lacking(offered_by_hash(tensors), "7.0.0") == ()
@@ -162,73 +172,87 @@ async def test_a_warmed_load_pushes_nothing_and_computes_the_same(
 
 
 @pytest.mark.engine
-@pytest.mark.slow
 async def test_what_was_warmed_is_not_sent_again(
     start: Start,
     caches: TensorCaches,
-    tensors: tuple[TensorExtent, ...],
+    noise: tuple[TensorExtent, ...],
     fill: Warm,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(warming, "TELL_EVERY_S", 0.0)
-    cache, large = opened(caches), offered_by_hash(tensors)
+    cache, large = opened(caches), noise[:-1]
     server = await start(cache_dir=cache.path)
     told: list[str] = []
     total = sum(t.size for t in large)
-    assert await fill(cache, server.port, moved=told.append) == total
-    assert told[-1] == f"warming tensors: {total >> 20} of {total >> 20} MiB"
-    assert {t.size for t in large} == {f.size for f in cache.files().values()}
-    assert len(cache.files()) == len(large) > 5
-    assert {_data(t) for t in large} == {p.read_bytes() for p in (cache.path / "rpc").iterdir()}
+    assert await fill(cache, server.port, noise, moved=told.append) == Warmed(total, total)
+    assert told[-1] == "warming tensors: 88 of 88 MiB"
+    files = sorted((cache.path / "rpc").iterdir())
+    assert {path.read_bytes() for path in files} == {_data(t) for t in large}
 
-    assert await fill(cache, server.port) == 0
+    assert await fill(cache, server.port, noise) == Warmed(0, total)
     await server.stop()
 
-    victim = next(p for p in (cache.path / "rpc").iterdir() if p.stat().st_size > 20_000_000)
-    size = victim.stat().st_size
-    with victim.open("r+b") as file:
-        file.truncate(size - 1)
+    with files[3].open("r+b") as file:
+        file.truncate(large[3].size - 1)
     cache = opened(caches)
     server = await start(cache_dir=cache.path)
-    assert await fill(cache, server.port) == size
-    assert victim.stat().st_size == size
+    assert await fill(cache, server.port, noise) == Warmed(large[3].size, total)
+    assert {path.read_bytes() for path in files} == {_data(t) for t in large}
     await probe(server.endpoint, "7.0.0")  # its connection is free again
+
+
+@pytest.mark.engine
+async def test_tensors_of_the_same_bytes_share_a_file(
+    start: Start, caches: TensorCaches, noise: tuple[TensorExtent, ...], fill: Warm
+) -> None:
+    twins = (noise[0], replace(noise[0], name="blk.9.x"))
+    cache = opened(caches)
+    server = await start(cache_dir=cache.path)
+    await fill(cache, server.port, twins)
+    assert len(cache.files()) == 1
+    assert await fill(cache, server.port, twins) == Warmed(0, 2 * noise[0].size)
 
 
 @pytest.mark.engine
 async def test_a_server_that_dies_meanwhile_fails_nobody(
     start: Start,
     caches: TensorCaches,
-    tensors: tuple[TensorExtent, ...],
+    noise: tuple[TensorExtent, ...],
     fill: Warm,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(warming, "TELL_EVERY_S", 0.0)
     cache = opened(caches)
-    server = await start(cache_dir=cache.path)
-    dying: list[asyncio.Task[None]] = []
+    exited: list[str] = []
+    server = await start(cache_dir=cache.path, on_exit=exited.append)
 
-    def moved(_: str) -> None:
-        if not dying:
-            dying.append(asyncio.create_task(server.stop()))
+    told: list[str] = []
 
-    sent = await fill(cache, server.port, moved=moved)
-    assert 0 < sent < sum(t.size for t in offered_by_hash(tensors))
-    await dying[0]
-    cache = opened(caches)
-    whole = {t.size for t in tensors}
-    assert all(f.size in whole for f in cache.files().values())
+    def moved(words: str) -> None:
+        if not told:
+            os.kill(server.pid, signal.SIGKILL)
+        told.append(words)
+
+    warmed = await fill(cache, server.port, noise, moved=moved)
+    assert warmed.held < warmed.sent < sum(t.size for t in noise)
+    await wait_for(lambda: exited, "its end is told")
+    assert {f.size for f in opened(caches).files().values()} <= {noise[0].size}
 
 
 @pytest.mark.engine
 async def test_a_cancelled_warming_ends_in_its_thread(
-    start: Start, caches: TensorCaches, fill: Warm, monkeypatch: pytest.MonkeyPatch, pool: Pool
+    start: Start,
+    caches: TensorCaches,
+    noise: tuple[TensorExtent, ...],
+    fill: Warm,
+    monkeypatch: pytest.MonkeyPatch,
+    pool: Pool,
 ) -> None:
     monkeypatch.setattr(warming, "TELL_EVERY_S", 0.0)
     cache = opened(caches)
     server = await start(cache_dir=cache.path)
     told: list[str] = []
-    task: asyncio.Future[int] = asyncio.ensure_future(fill(cache, server.port, moved=told.append))
+    task = asyncio.ensure_future(fill(cache, server.port, noise, moved=told.append))
     await wait_for(lambda: told, "it began")
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -247,8 +271,8 @@ async def test_weights_that_end_too_early_fail_nobody(
     extent = TensorExtent("blk.0.x", str(short), 0, rpc_words.HASHED_OVER_BYTES + 1)
     cache = opened(caches)
     server: RpcServer = await start(cache_dir=cache.path)
-    assert await fill(cache, server.port, (extent,)) == 1000
-    assert await fill(cache, server.port, (replace(extent, path="/nowhere"),)) == 0
+    assert await fill(cache, server.port, (extent,)) == Warmed(1000, 0)
+    assert await fill(cache, server.port, (replace(extent, path="/nowhere"),)) == Warmed(0, 0)
     await probe(server.endpoint, "7.0.0")
     assert cache.files() == {}
 
@@ -256,13 +280,10 @@ async def test_weights_that_end_too_early_fail_nobody(
 async def test_of_an_unknown_protocol_nothing_is_said(caches: TensorCaches, pool: Pool) -> None:
     with socket.create_server((LOOPBACK, 0)) as listener:
         port = listener.getsockname()[1]
-        some = (TensorExtent("blk.0.x", "/nowhere", 0, 1 << 30),)
-        assert (
-            await warm(
-                opened(caches), port, some, rpc_protocol="8.0.0", pool=pool, moved=pytest.fail
-            )
-            == 0
+        warmed = await warm(
+            opened(caches), port, NOWHERE, rpc_protocol="8.0.0", pool=pool, moved=pytest.fail
         )
+        assert warmed == Warmed(0, 0)
         listener.setblocking(False)
         with pytest.raises(BlockingIOError):
             listener.accept()
@@ -270,10 +291,10 @@ async def test_of_an_unknown_protocol_nothing_is_said(caches: TensorCaches, pool
 
 async def test_a_pool_without_room_fails_nobody(caches: TensorCaches) -> None:
     pool = Pool("test", workers=1, backlog=-1)
-    some = (TensorExtent("blk.0.x", "/nowhere", 0, 1 << 30),)
-    assert (
-        await warm(opened(caches), 1, some, rpc_protocol="7.0.0", pool=pool, moved=pytest.fail) == 0
+    warmed = await warm(
+        opened(caches), 1, NOWHERE, rpc_protocol="7.0.0", pool=pool, moved=pytest.fail
     )
+    assert warmed == Warmed(0, 0)
     pool.close()
 
 
