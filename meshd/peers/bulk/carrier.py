@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 
 READ_BYTES: Final = 64 * 1024
 NICENESS: Final = 10
-"""Of threads that carry weights: where all cores are busy, who waits for the next word of a chat
-goes first."""
+"""Added to that of threads that carry weights: where all cores are busy, who waits for the next
+word of a chat goes first."""
 SWITCH_INTERVAL_S: Final = 0.0005
 """How long a thread keeps the interpreter from others; Python's own 5 ms are those of a token."""
 
@@ -194,7 +194,9 @@ class Carrier:
 def give_way() -> None:
     """Let this thread, for good, run after those that somebody waits for; only Linux can."""
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        thread = threading.get_native_id()
+        niceness = os.getpriority(os.PRIO_PROCESS, thread) + NICENESS
+        os.setpriority(os.PRIO_PROCESS, thread, niceness)
 
 
 def run_process(services: Mapping[str, Service]) -> NoReturn:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
 
+from meshd.peers.bulk.carrier import NICENESS, give_way
 from meshd.peers.bulk.words import NUMBER_BYTES
 from meshd.peers.links.frames import FrameReader, frame, parse
 
@@ -84,6 +88,18 @@ def test_every_connection_has_an_end(run: Run) -> None:
         )
         # Credentials that cannot be used are the daemon's bug: the process says so and ends.
         assert run.ended() == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of threads")
+def test_a_thread_that_gives_way_does_so_alone() -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    before = niceness()
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(give_way).result()
+        assert threads.submit(niceness).result() == min(before + NICENESS, 19)
+    assert niceness() == before
 
 
 def _frames(control: socket.socket, count: int) -> list[bytes]:
