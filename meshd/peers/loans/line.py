@@ -1,6 +1,6 @@
 """One end of a loan's stream: frames both ways, a beat every second, and one end.
 
-Silence is counted in beats of our own and not by a clock: a process that stood still for a while
+Silence is counted in looks of our own and not by a clock: a process that stood still for a while
 finds what the other side said meanwhile before it calls it silent.
 """
 
@@ -19,6 +19,7 @@ from meshd.peers.trust.wire import WireModel
 SILENT_S: Final = 4.0
 LINGER_S: Final = 1.0
 """How long the last words may take to leave."""
+LOOKS_A_BEAT: Final = 4
 BACKLOG_BYTES: Final = 64 * 1024
 """Full-policy: words about progress are left out when so much waits for the other side."""
 
@@ -29,7 +30,8 @@ class Pace:
 
     beat_s: float = 1.0
     silent_s: float = SILENT_S
-    """Who said nothing for so long is taken for gone within one further beat."""
+    """Who said nothing for so long is taken for gone at the next look, a quarter of a beat later
+    at most."""
 
 
 class Line(asyncio.Protocol):
@@ -49,8 +51,9 @@ class Line(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._ended = False
         self._closed = asyncio.Event()
+        self._looks = 0
         self._unheard = 0
-        """Beats of ours since the other side's last word."""
+        """Looks since the other side's last word."""
         self._timer: asyncio.TimerHandle | None = None
 
     # -- for its owner ----------------------------------------------------------------------------
@@ -88,7 +91,7 @@ class Line(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
-        self._beat()
+        self._look()
 
     def data_received(self, data: bytes) -> None:
         self._unheard = 0
@@ -111,13 +114,16 @@ class Line(asyncio.Protocol):
 
     # -- life -------------------------------------------------------------------------------------
 
-    def _beat(self) -> None:
-        if self._unheard * self._pace.beat_s >= self._pace.silent_s:
+    def _look(self) -> None:
+        pause_s = self._pace.beat_s / LOOKS_A_BEAT
+        if self._unheard * pause_s >= self._pace.silent_s:
             self._end(f"nothing was heard of it for {self._pace.silent_s:g} s")
             return
+        if self._looks % LOOKS_A_BEAT == 0:
+            self.say(Beat())
+        self._looks += 1
         self._unheard += 1
-        self.say(Beat())
-        self._timer = asyncio.get_running_loop().call_later(self._pace.beat_s, self._beat)
+        self._timer = asyncio.get_running_loop().call_later(pause_s, self._look)
 
     def _end(self, reason: str) -> None:
         if not self._ended:

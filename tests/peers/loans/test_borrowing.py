@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -198,15 +199,28 @@ async def test_two_workers_lend_and_get_back(scene: Scene) -> None:
     assert scene.losses == []
 
 
-async def test_a_loan_that_is_used_is_renewed_and_outlives_silence_of_the_model(
-    scene: Scene,
-) -> None:
-    borrowed = await scene.borrow()
-    for _ in range(8):  # each within a beat of the one before
+async def renewals(scene: Scene, count: int) -> None:
+    for _ in range(count):  # a beat each
         for worker in scene.workers:
             worker.lender.renewed.clear()
             async with asyncio.timeout(5):
                 await worker.lender.renewed.wait()
+
+
+async def test_beats_keep_a_loan_for_longer_than_silence_would(scene: Scene) -> None:
+    borrowed = await scene.borrow()
+    await renewals(scene, 8)
+    assert scene.losses == []
+    await borrowed.end("enough")
+    await scene.nothing_is_left()
+
+
+async def test_who_stood_still_itself_takes_nobody_for_silent(scene: Scene) -> None:
+    """What was said meanwhile waits in the socket, and is read after the timers have run."""
+    borrowed = await scene.borrow()
+    await renewals(scene, 1)
+    time.sleep(3 * FAST.silent_s)  # noqa: ASYNC251  (a daemon that was suspended)
+    await renewals(scene, 2)
     assert scene.losses == []
     await borrowed.end("enough")
     await scene.nothing_is_left()

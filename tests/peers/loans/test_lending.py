@@ -223,18 +223,6 @@ async def test_silence_ends_a_loan_and_words_of_any_kind_keep_it() -> None:
     await bench.gone()
 
 
-async def test_a_loop_that_stood_still_takes_nobody_for_silent() -> None:
-    """What was said meanwhile waits in the socket, and is read after the timers have run."""
-    bench = Bench(Pace(beat_s=1.0, silent_s=4.0))
-    bench.hear(ASK)
-    for _ in range(4):
-        bench.line._beat()  # type: ignore[attr-defined]
-    assert bench.lender.ends == []
-    bench.line._beat()  # type: ignore[attr-defined]
-    assert len(bench.lender.ends) == 1
-    await bench.gone()
-
-
 async def test_progress_is_left_out_for_who_does_not_read() -> None:
     bench = Bench()
     bench.lender.go_on.clear()
