@@ -5,6 +5,8 @@ from meshd.election.fit.budget import HOST, Budget, budgets
 from meshd.election.fit.correction import Correction, Corrections, observed
 from meshd.election.fit.estimate import Estimate, LayerNeed, estimate
 from meshd.election.fit.placing import Fit, fit
+from meshd.election.fit.rows import WorkerMemory
+from meshd.election.fit.splitting import SplitFit, split_fit
 
 __all__ = [
     "HOST",
@@ -14,8 +16,11 @@ __all__ = [
     "Estimate",
     "Fit",
     "LayerNeed",
+    "SplitFit",
+    "WorkerMemory",
     "budgets",
     "estimate",
     "fit",
     "observed",
+    "split_fit",
 ]

@@ -100,6 +100,16 @@ def fit(
     return _judged(estimate, *_laid(estimate, rows, host), room)
 
 
+def parts_in_words(estimate: Estimate) -> str:
+    """What a model needs memory for."""
+    prompts = f", kept prompts {format_size(estimate.prompts)}" if estimate.prompts else ""
+    return (
+        f"weights {format_size(estimate.weights + estimate.projector)}, "
+        f"cache {format_size(estimate.cache)} for {estimate.slots} × {estimate.context} tokens, "
+        f"computing {format_size(estimate.compute)}{prompts}"
+    )
+
+
 Rows = Mapping[str, range]
 """Layers by accelerator, in order; those that are in none stay in main memory."""
 
@@ -210,7 +220,7 @@ def _judged(
     beside = f"; {kept} of {len(estimate.layers)} layers on the CPU" if layers and kept else ""
     return Fit(
         True,
-        f"takes {places}{beside} ({_parts(estimate)})",
+        f"takes {places}{beside} ({parts_in_words(estimate)})",
         MappingProxyType(dict(memory)),
         MappingProxyType(dict(layers)),
         kept if layers else 0,
@@ -227,17 +237,8 @@ def _refused(
     missing = max(1, needed - free)
     return Fit(
         False,
-        f"needs {format_size(needed)} on {' and '.join(devices)} ({_parts(estimate)}), "
+        f"needs {format_size(needed)} on {' and '.join(devices)} ({parts_in_words(estimate)}), "
         f"{format_size(free)} free: {format_size(missing)} short",
         needed=needed,
         missing=missing,
-    )
-
-
-def _parts(estimate: Estimate) -> str:
-    prompts = f", kept prompts {format_size(estimate.prompts)}" if estimate.prompts else ""
-    return (
-        f"weights {format_size(estimate.weights + estimate.projector)}, "
-        f"cache {format_size(estimate.cache)} for {estimate.slots} × {estimate.context} tokens, "
-        f"computing {format_size(estimate.compute)}{prompts}"
     )

@@ -1,0 +1,257 @@
+"""Layers of a model in a row of memories, on a host and on its workers. Pure; sizes are bytes.
+
+Rules, numbered as in the code; the engine's are those of build 0c1e570 (`load_tensors`,
+`llama_context`):
+
+1. Layers lie in a row: the first ones in the host's main memory if it has no accelerators, then
+   those of the workers in the order given, then those of the host's accelerators. The output layer
+   lies at the end of the row, never in the host's main memory.
+2. A host without accelerators keeps no layer itself if workers' accelerators alone hold them all:
+   a layer on a CPU is slower by far.
+3. A memory takes part if it has room for any one layer and for what lies beside it, and holds at
+   least one then. If more could take part than there are layers, or than the engine has places
+   for, the roomiest do.
+4. Shares are in proportion to the room for layers: each memory is filled to the same part of it,
+   the smallest one at which all layers are placed. So a row is found if the memories hold the
+   layers at all.
+5. Every memory that takes part has a buffer for computing. If several devices hold all layers the
+   engine works on several batches at once, for RPC devices claim events and asynchronous work as
+   accelerators do: each buffer is the larger one. One device alone is tried where that is too much.
+6. The embedding, the logits and prompts kept for later lie in the host's main memory; the projector
+   on the first of the host's accelerators in the row, else in its main memory, never on a worker:
+   the engine has to be told so (`--mmproj-device`, `--no-mmproj-offload`).
+7. In a worker's main memory its RPC server takes `WORKER_MARGIN` besides.
+8. Of every memory `KEPT_FREE` or a `KEPT_SHARE` of what is free stays free, whichever is more:
+   estimates are off by some percent, and while it loads a worker holds one tensor twice.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import Final
+
+from meshd.election.fit.budget import MIB, Budget
+from meshd.election.fit.estimate import Estimate
+from meshd.ids import NodeId
+from meshd.view import Lendable
+
+WORKER_MARGIN: Final = 64 * MIB
+"""An RPC server that computes on the CPU was seen with 24 MiB more than its buffers after prompts
+of 3000 tokens; what a batch is converted to for a product grows with the widest row: 15 MiB for
+one of 14,336 elements."""
+KEPT_FREE: Final = 64 * MIB
+KEPT_SHARE: Final = 0.03
+MAX_DEVICES: Final = 15
+"""The engine computes on 16 at most (`GGML_SCHED_MAX_BACKENDS`), and the CPU is one of them."""
+STEPS: Final = 1024
+"""How finely memories are filled alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerMemory:
+    """What one worker would lend."""
+
+    node: NodeId
+    name: str
+    lends: tuple[Lendable, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """What the host has itself."""
+
+    main: str
+    """The device that stands for main memory."""
+    free: Mapping[str, int]
+    """By device."""
+    accelerators: tuple[str, ...]
+
+    @classmethod
+    def of(cls, own: Sequence[Budget], free: Mapping[str, int] | None) -> HostMemory | None:
+        """None if no main memory is known. `free`: what no lease has; None if there are none."""
+        main = next((budget.device for budget in own if budget.host), None)
+        if main is None:
+            return None
+        room = {b.device: b.usable if free is None else free.get(b.device, 0) for b in own}
+        return cls(main, room, tuple(b.device for b in own if b.accelerator))
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A memory layers may lie in."""
+
+    device: str
+    worker: WorkerMemory | None
+    """None is the host."""
+    accelerator: bool
+    free: int
+    besides: int = 0
+    """What lies in it beside layers."""
+
+    @property
+    def space(self) -> int:
+        """For layers; below zero if the rest does not fit."""
+        return within(self.free) - self.besides
+
+    def with_more(self, size: int) -> Place:
+        return replace(self, besides=self.besides + size)
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to use memories."""
+
+    lent: Sequence[Place]
+    own: Sequence[Place] = ()
+    """The host's accelerators."""
+    beside: bool = False
+    """Layers lie in the host's main memory."""
+    several: bool = True
+    """Several devices hold all layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What came of it."""
+
+    places: tuple[Place, ...]
+    """The first one is the host's main memory if layers are beside."""
+    layers: tuple[int, ...]
+    """In each of them; empty if it does not fit."""
+    held: int
+    """In the host's main memory, if that is not in the row."""
+    needed: int
+    """On all nodes together."""
+    missing: int
+    """Bytes that lack, at least; 0 if it fits."""
+
+
+def within(free: int) -> int:
+    """How much of a memory may be used (8)."""
+    return max(0, free - max(KEPT_FREE, round(free * KEPT_SHARE)))
+
+
+def lent(worker: WorkerMemory) -> list[Place]:
+    """The memories of a worker, with what they hold whichever layers they get (7)."""
+    return [
+        Place(
+            lend.device,
+            worker,
+            lend.accelerator,
+            lend.free_bytes,
+            0 if lend.accelerator else WORKER_MARGIN,
+        )
+        for lend in worker.lends
+    ]
+
+
+def rows(estimate: Estimate, host: HostMemory, workers: Sequence[WorkerMemory]) -> Iterator[Row]:
+    """What comes of each way to use these memories, best first."""
+    sizes = [layer.total for layer in estimate.layers]
+    return (_laid(estimate, sizes, host, way) for way in _ways(host, workers))
+
+
+def _ways(host: HostMemory, workers: Sequence[WorkerMemory]) -> Iterator[Way]:
+    places = [place for worker in workers for place in lent(worker)]
+    own = [Place(device, None, True, host.free[device]) for device in host.accelerators]
+    together = Way(places, own)
+    if own:
+        yield together
+    else:
+        beside = Way(places, beside=True, several=False)
+        fast = all(place.accelerator for place in places)
+        yield from (together, beside) if fast else (beside, together)  # 2
+    for place in places:  # 5
+        yield Way([place], several=False)
+
+
+def _laid(estimate: Estimate, sizes: Sequence[int], host: HostMemory, way: Way) -> Row:
+    """`sizes`: of the layers."""
+    devices = 2 if way.several else 1
+    compute = estimate.compute_on_each(devices)  # 5
+    held = estimate.embedding + estimate.logits + estimate.prompts  # 6
+    held += estimate.compute if way.beside else estimate.compute_beside(devices)
+    before = [place.with_more(compute) for place in way.lent]
+    own = [place.with_more(compute) for place in way.own]
+    own = [place.with_more(held) if place.device == host.main else place for place in own]
+    if way.beside:  # 1
+        main = Place(host.main, None, False, host.free[host.main])
+        before.insert(0, main.with_more(held + estimate.projector))
+    largest = max(sizes)
+    fitting = [place for place in before + own if place.space >= largest]
+    row = _roomiest(fitting, min(MAX_DEVICES, len(sizes)))  # 3
+    after = [place for place in row if place.worker is None and place.accelerator]
+    row = row[: len(row) - len(after)]
+    row += _bearing(after[::-1], estimate.projector, largest)[::-1]  # 6
+    output = estimate.output + estimate.output_copy
+    row = _bearing(row, output, largest)  # 1
+    mine = [place for place in row if place.worker is None]
+    if any(place.device == host.main for place in mine):
+        held = 0
+    elif not mine:
+        held += estimate.projector
+    return _filled(sizes, way, row, output, held, max(0, held - within(host.free[host.main])))
+
+
+def _filled(
+    sizes: Sequence[int], way: Way, row: Sequence[Place], output: int, held: int, short: int
+) -> Row:
+    """The row with its layers, if it holds them. `short`: what the host's main memory lacks."""
+    whole = sum(sizes) + (0 if row else output)
+    lacks = max(0, whole - sum(place.space for place in row))
+    layers: tuple[int, ...] = ()
+    if not short and not lacks:
+        if _as_counted(way, row):
+            layers = _shares(sizes, [place.space for place in row])  # 4
+        if not layers:  # there is room, but in pieces: one layer at least finds no place
+            lacks = min(sizes)
+    needed = held + whole + sum(place.besides for place in row)
+    return Row(tuple(row), layers, held, needed, short + lacks)
+
+
+def _as_counted(way: Way, row: Sequence[Place]) -> bool:
+    """Whether these are memories as the way was counted for, and some of them a worker's."""
+    if way.beside and row and row[0].worker is not None:
+        return False
+    if way.several and len(row) < 2:
+        return False
+    return any(place.worker is not None for place in row)
+
+
+def _shares(sizes: Sequence[int], spaces: Sequence[int]) -> tuple[int, ...]:
+    """Layers of these sizes in each of these spaces, at least one, in proportion to them; empty if
+    they do not hold all. Each space is large enough for any one layer, and there are no more than
+    layers."""
+    ends = list(accumulate(sizes, initial=0))
+    last = len(ends) - 1
+
+    def filled(part: int) -> tuple[int, ...]:
+        cuts = [0]
+        for number, space in enumerate(spaces, start=1):
+            most = bisect_right(ends, ends[cuts[-1]] + space * part // STEPS) - 1
+            cuts.append(min(max(most, cuts[-1] + 1), last - (len(spaces) - number)))
+        return tuple(end - start for start, end in pairwise(cuts)) if cuts[-1] == last else ()
+
+    low, high = 0, STEPS
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if filled(middle) else (middle, high)
+    return filled(high)
+
+
+def _bearing(places: Sequence[Place], size: int, layer: int) -> list[Place]:
+    """`places` with `size` bytes more on the last one; those at the end that have no room for that
+    and a layer are left out."""
+    row = list(places)
+    while row and row[-1].space < size + layer:
+        row.pop()
+    return [*row[:-1], row[-1].with_more(size)] if row else []
+
+
+def _roomiest(places: Sequence[Place], most: int) -> list[Place]:
+    """In their order."""
+    chosen = sorted(range(len(places)), key=lambda number: -places[number].space)[:most]
+    return [places[number] for number in sorted(chosen)]
