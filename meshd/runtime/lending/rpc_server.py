@@ -142,13 +142,15 @@ class RpcServer:
         Returns whether it was at rest then, serving nobody: all files it wrote to its cache are
         whole, unless the disk was full.
         """
-        if self._running:
-            self._running = False
-            self._ended_at_rest = await self._rests()
-        if self._process is not None:
-            self._process.signal_group(signal.SIGKILL)
-            if not await self._process.wait_exit(END_LIMIT_S):
-                log.warning("rpc-server %d was killed and does not end", self._process.pid)
+        try:
+            if self._running:
+                self._running = False
+                self._ended_at_rest = await self._rests()
+        finally:  # also if whoever stops it is cancelled
+            if self._process is not None:
+                self._process.signal_group(signal.SIGKILL)
+        if self._process is not None and not await self._process.wait_exit(END_LIMIT_S):
+            log.warning("rpc-server %d was killed and does not end", self._process.pid)
         self._output.close()
         return self._ended_at_rest
 
@@ -165,6 +167,7 @@ class RpcServer:
 
     async def _spawn(self, port: int) -> ChildProcess:
         self.port = port
+        self._status = None
         self._said.clear()
         self._resting.set()
         environment = {"GGML_RPC_NO_RDMA": "1"}
@@ -183,7 +186,8 @@ class RpcServer:
                 f"no process could be started for {self.spec.binary}: {error.strerror or error}"
             ) from None
         try:
-            write_pid_file(self._pid_file, process.pid)
+            if self._status is None:  # it may have been faster than we
+                write_pid_file(self._pid_file, process.pid)
         except OSError as error:  # a full disk; the process runs, and the parent-death signal holds
             log.warning("no pid file for the rpc-server of %s: %s", self.spec.model, error.strerror)
         return process

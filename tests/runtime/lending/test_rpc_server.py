@@ -66,9 +66,9 @@ async def test_a_port_that_is_always_taken(places: EnginePlaces, tmp_path: Path)
 async def test_one_that_never_listens_is_ended(
     places: EnginePlaces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rpc_server, "START_LIMIT_S", 0.3)
+    monkeypatch.setattr(rpc_server, "START_LIMIT_S", 1.5)
     binary = script(tmp_path, f"echo $$ > {tmp_path}/pid; echo thinking; exec sleep 60")
-    assert "did not listen within 0.3 s; its last words: thinking" in await failure(binary, places)
+    assert "did not listen within 1.5 s; its last words: thinking" in await failure(binary, places)
     assert ended(int((tmp_path / "pid").read_text()))
 
 
@@ -143,6 +143,22 @@ async def test_a_stop_waits_a_moment_for_whoever_is_leaving(start: Start) -> Non
         await asyncio.sleep(0)
         assert not stopping.done()
     assert await stopping is True
+
+
+@pytest.mark.engine
+async def test_a_stop_that_is_cancelled_has_killed_it(start: Start) -> None:
+    exited: list[str] = []
+    server = await start(on_exit=exited.append)
+    with socket.create_connection((ports.LOOPBACK, server.port)):
+        await wait_for(lambda: _count(server, rpc_server.SERVES) == 2, "it serves")
+        stopping = asyncio.create_task(server.stop())
+        await asyncio.sleep(0)
+        stopping.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await stopping
+        await wait_for(lambda: ended(server.pid), "it is gone")
+    assert await server.stop() is False
+    assert exited == []
 
 
 def _count(server: RpcServer, words: str) -> int:
