@@ -114,9 +114,14 @@ class ModelFailed(MeshdError):
 
 
 class SplitFailed(MeshdError):
-    """The workers of a split model cannot be used now; the message names the one and says why."""
+    """The workers of a split model cannot be used now; the message names the one and says why.
+    `workers`: ids of those it is about."""
 
     code, status, retryable = "split_failed", 503, True
+
+    def __init__(self, message: str, *, workers: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.workers = workers
 
 
 class BadReference(MeshdError):

@@ -39,6 +39,8 @@ class LoadBody(BaseModel):
     """Nodes that are to host it; `auto`: as many as it is asked for; None: not said."""
     host: str | None = Field(None, min_length=1, max_length=256)
     """The only node that may host it: name, id, or the beginning of an id."""
+    split: bool = False
+    """To lie on several nodes even if one could hold it."""
 
 
 class UnloadBody(BaseModel):

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from meshd.cache.inventory import Inventory, StoredSet
     from meshd.cache.offering import Offering
     from meshd.cache.removal import Removed, Remover
+    from meshd.cache.tensors import TensorPlace
     from meshd.cache.transfer.fetching import Fetch
     from meshd.cache.transfer.words import Credentials, FetchOrder, News, PeerSource
 
@@ -173,6 +174,12 @@ class CacheRoom:
         order = self._order(parsed, digest, manifest=manifest, headers_only=True)
         async with await self._start(order) as fetch:
             return await shaping.shape_told(fetch)
+
+    async def tensors(self, digest: str) -> tuple[TensorPlace, ...]:
+        """See `tensors_of`. Raises PoolFull."""
+        from meshd.cache.tensors import tensors_of
+
+        return await self.pool.run(tensors_of, digest, self.store)
 
     def here(self, ref: str) -> str | None:
         """None if this node could use what `ref` names, else why not; see `Preparer.here`."""

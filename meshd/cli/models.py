@@ -27,6 +27,7 @@ from meshd.cli.words import count_of_hosts
     metavar="NODE",
     help="The only node that may host it: its name, its id, or the beginning of one.",
 )
+@click.option("--split", is_flag=True, help="Spread it over several nodes even if one can hold it.")
 @click.option("--wait/--no-wait", default=True, help="Wait until it is ready (default) or not.")
 @data_dir_option
 @json_option
@@ -36,6 +37,7 @@ def load(
     parallel: int | None,
     replicas: int | str | None,
     host: str | None,
+    split: bool,
     wait: bool,
     data_dir: Path | None,
     as_json: bool,
@@ -49,7 +51,7 @@ def load(
     """
     client, ref = admin(data_dir), absolute(ref)
     wishes = {"context": context, "parallel": parallel, "replicas": replicas, "host": host}
-    answer = client.post("/load", {"ref": ref, **wishes})
+    answer = client.post("/load", {"ref": ref, "split": split, **wishes})
     least = replicas if isinstance(replicas, int) else 1
     model = wait_until_hosted(client, ref, answer["model"], least) if wait else answer
     if as_json:

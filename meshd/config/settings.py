@@ -67,6 +67,12 @@ class EngineSettings(Section):
     """Main memory in which an engine keeps conversations that have lost their slot, so that they
     need not be read again; never more than its slots have themselves. Counted before a model is
     placed. `0B` keeps none."""
+    lend: bool = True
+    """Lend memory to hosts of models that are larger than any one node. A model that lies here
+    alone is placed first either way."""
+    tensor_cache: Annotated[str, StringConstraints(pattern=SIZE_PATTERN)] = "64GB"
+    """Disk for tensors of models that lie here in part, so that their hosts need not send them at
+    every load; those used longest ago go first. `0B` keeps none."""
     extra_args: tuple[str, ...] = ()
     """Appended to llama-server's command line as they are."""
     start_silence_s: Seconds = 120.0

@@ -9,11 +9,14 @@ from meshd.election.appraisal import Appraiser
 from meshd.election.demand import Demand
 from meshd.election.election import Election
 from meshd.election.fit import Fit
+from meshd.election.fit.splitting import SplitFit
 from meshd.election.hosted import Phase
+from meshd.election.lenders import candidates
 from meshd.election.memory import Memory, untried
 from meshd.election.needs import Needs
 from meshd.election.offering import SWAP_IDLE_S, NodeFacts, Use, barred, offers
 from meshd.election.shapes import Shapes
+from meshd.election.splitting import Candidate, choose_workers
 from meshd.election.words import Offer
 from meshd.errors import MeshdError
 from meshd.ids import ModelId
@@ -53,6 +56,10 @@ class Bidding:
         """Of each REF what `Needs.here` said last: it asks the disk."""
         self._looked = 0
         """Times that this changed."""
+        self._lenders: tuple[Candidate, ...] = ()
+        """Other nodes, as of the last offers."""
+        self._rpc_protocol: str | None = None
+        """Of this node's engine."""
         self._made: tuple[Offer, ...] = ()
         self._made_of: tuple[object, ...] = ()
         """All that offers are made of, but for the records."""
@@ -66,6 +73,7 @@ class Bidding:
         even if they look the same, so they are given either way."""
         bar, facts = self._bar(view, draining=draining), self._facts(records, view)
         digests = _digests(records, view)
+        self._look_at_lenders(view)
         made_of = (
             bar,
             tuple(facts.capacity.items()),
@@ -78,6 +86,8 @@ class Bidding:
             self._shapes.changes,
             self._appraiser.changes,
             self._looked,
+            self._lenders,
+            self._rpc_protocol,
         )
         known = self._known if made_of == self._made_of else {}
         lacking = [r for r in records if r.model not in known or known[r.model][0] != r]
@@ -87,6 +97,9 @@ class Bidding:
             lambda deployment, free: self._fit(deployment, digests.get(deployment.model), free),
             self._clock.now(),
             bar=bar,
+            split=lambda deployment, free: self._split(
+                deployment, digests.get(deployment.model), free
+            ),
         )
         by_model = {offer.bid.model: offer for offer in new}
         found = {r.model: (r, by_model.get(r.model)) for r in lacking}
@@ -101,12 +114,14 @@ class Bidding:
     def bid(self, deployment: Deployment, view: View, *, draining: bool) -> Bid:
         """For what need not be deployed; its size is known."""
         digest = _digests((deployment,), view).get(deployment.model)
+        self._look_at_lenders(view)
         (offer,) = offers(
             (deployment,),
             self._facts((deployment,), view),
             lambda deployment, free: self._fit(deployment, digest, free),
             self._clock.now(),
             bar=self._bar(view, draining=draining),
+            split=lambda deployment, free: self._split(deployment, digest, free),
         )
         return offer.bid
 
@@ -141,7 +156,7 @@ class Bidding:
                 )
         return NodeFacts(
             capacity=self._memory.capacity,
-            leases={m: lease.memory for m, lease in self._machine.ledger.leases.items()},
+            leases={h: lease.memory for h, lease in self._machine.ledger.leases.items()},
             uses=uses,
             weights=_on_disk(records, view),
             tokens_per_s=None if view.runtime is None else view.runtime.tokens_per_s,
@@ -174,6 +189,28 @@ class Bidding:
         if found is None and problem is not None:
             return Fit(False, problem.words)
         return found
+
+    def _split(
+        self, deployment: Deployment, digest: str | None, free: Mapping[str, int]
+    ) -> SplitFit | None:
+        """The same with memory of other nodes; asked after `_fit`."""
+        if not self._lenders or self._elsewhere[deployment.ref] is not None:
+            return None
+        engine, _ = self._needs.engine()
+        needed = self._appraiser.corrected(deployment, digest, engine)
+        if needed is None:
+            return None
+        return choose_workers(
+            needed,
+            self._memory.budgets,
+            free,
+            self._lenders,
+            rpc_protocol=self._rpc_protocol,
+        )
+
+    def _look_at_lenders(self, view: View) -> None:
+        self._lenders = candidates(view, self._needs.avoided(), self._needs.bytes_per_s())
+        self._rpc_protocol = None if view.runtime is None else view.runtime.rpc_protocol
 
 
 def names_a_file(ref: str) -> bool:

@@ -112,6 +112,7 @@ class DeploymentBook:
         context: int | None = None,
         parallel: int | None = None,
         host: NodeId | None = None,
+        split: bool = False,
         shape: ModelShape | None = None,
     ) -> Written | Rejected:
         """Deploy `model`, or deploy it anew with these options; wakes it up. A shape that is known
@@ -127,7 +128,7 @@ class DeploymentBook:
         if shape is None and before is not None:
             shape = before.shape
         wish = Deployment(model, ref, 0, origin, replicas, context, parallel, host, cause)
-        return self._write(replace(wish, shape=shape))
+        return self._write(replace(wish, split=split, shape=shape))
 
     def renew(self, model: ModelId, origin: NodeId) -> Written | Rejected:
         """The same record in a new version: who failed with the last one tries again."""

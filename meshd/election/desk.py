@@ -46,6 +46,7 @@ class Wish:
     """None: as many as before, else one."""
     host: str | None = None
     """Name of a node, or its id."""
+    split: bool = False
 
 
 class Desk:
@@ -93,6 +94,7 @@ class Desk:
             context=wish.context,
             parallel=wish.parallel,
             host=host,
+            split=wish.split,
             shape=shape,
         )
         record = self._table.written(written)

@@ -40,6 +40,10 @@ Rules, numbered as in the code:
 13. Other options than its engine was started with (reference, context, slots): the host stops it,
     keeps its claim, and starts it anew once the old one is gone and the new memory is leased.
 14. Who lets its turn to claim pass (turns.py) is passed over for a while.
+15. With SPLIT to bid it claims as with YES, with a plan of who lends what. If a worker refuses or
+    is lost, the host keeps its claim and plans anew with those that are left, `REPLANS` times in a
+    row; it gives up if nothing fits, and others may try.
+16. Memory is lent to hosts of other plans from the same ledger (lending.py).
 """
 
 from __future__ import annotations
@@ -61,6 +65,7 @@ from meshd.election.explain import why_claim, why_outranked
 from meshd.election.holdings import Holdings
 from meshd.election.hosted import Hosted, Phase, same_engine
 from meshd.election.ledger import Ledger
+from meshd.election.lending import Lending, Lent
 from meshd.election.outlook import Outlook
 from meshd.election.ranking import Ranked, all_have_bid, may_not_host, ranked
 from meshd.election.turns import Turns
@@ -76,13 +81,16 @@ from meshd.election.words import (
     HostMeasured,
     HostReported,
     LeasesChanged,
+    LoanAsked,
+    LoanEnded,
+    LoanRenewed,
     NodesSeen,
     Offer,
     OffersMade,
     PublishClaims,
     SaveEpoch,
 )
-from meshd.ids import ModelId, NodeId
+from meshd.ids import LoanId, ModelId, NodeId
 from meshd.kernel.machine import Tick
 from meshd.view import Claim, Deployment, Suits
 
@@ -100,6 +108,7 @@ class Election:
     ) -> None:
         self._outlook = Outlook(own, name, epochs, floor)
         self._held = Holdings(name)
+        self._lending = Lending(self._held.ledger, self._held.outdate_offers)
         self._turns = Turns()
         self._offers: Mapping[ModelId, Offer] = {}
         self._waits: list[float] = []
@@ -111,6 +120,11 @@ class Election:
         return MappingProxyType(self._held.hosted)
 
     @property
+    def lent(self) -> Mapping[LoanId, Lent]:
+        """Memory that hosts of other models have of this node."""
+        return self._lending.lent
+
+    @property
     def ledger(self) -> Ledger:
         """To be looked at only."""
         return self._held.ledger
@@ -118,7 +132,8 @@ class Election:
     def due(self) -> float | None:
         hosted = self._held.hosted.values()
         backoffs = (h.retry_at for h in hosted if h.retry_at is not None and not h.engine)
-        return min((*backoffs, *self._waits), default=None)
+        lent = (until,) if (until := self._lending.due()) is not None else ()
+        return min((*backoffs, *self._waits, *lent), default=None)
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         holdings, self._waits = self._held, []
@@ -127,6 +142,7 @@ class Election:
         for model in sorted({*self._outlook.deployments, *holdings.hosted}):
             self._review(model, now)
         claims = tuple(c for _, h in sorted(holdings.hosted.items()) if (c := h.claim) is not None)
+        holdings.orders += self._lending.look(self._outlook, {c.model: c for c in claims}, now)
         if claims != self._published:
             self._published = claims
             holdings.orders.insert(0, PublishClaims(claims))
@@ -138,14 +154,8 @@ class Election:
 
     def _take(self, event: Event, now: float) -> None:
         match event:
-            case NodesSeen():
-                self._outlook.see_nodes(event.nodes)
-            case DeploymentsSeen():
-                self._outlook.see_deployments(event.records, now)
-            case DemandMoved():
-                self._outlook.demand = event.replicas
-            case DrainAsked():
-                self._outlook.draining = event.on
+            case NodesSeen() | DeploymentsSeen() | DemandMoved() | DrainAsked():
+                self._outlook.take(event, now)
             case OffersMade():
                 self._offers = {offer.bid.model: offer for offer in event.offers}
                 self._held.offers_hold = True
@@ -158,10 +168,24 @@ class Election:
                     self._held.outdate_offers()
             case EpochSaved():
                 self._saved(event, now)
+            case LoanAsked() | LoanRenewed() | LoanEnded():
+                self._lend(event, now)
             case Tick():
                 pass
             case _:
                 assert_never(event)
+
+    def _lend(self, event: LoanAsked | LoanRenewed | LoanEnded, now: float) -> None:
+        """Rule 16."""
+        match event:
+            case LoanAsked():
+                hosted = self._held.hosted.get(event.loan.ask.model)
+                own = None if hosted is None else hosted.claim
+                self._held.orders += self._lending.asked(event, self._outlook, own, now)
+            case LoanRenewed():
+                self._lending.renewed(event.loan, now)
+            case LoanEnded():
+                self._lending.ended(event.loan)
 
     def _saved(self, event: EpochSaved, now: float) -> None:
         hosted = self._held.hosted.get(event.model)
@@ -301,7 +325,7 @@ class Election:
         if silent := self._turns.passed(model, outlook.others):
             lead = f"{lead}; {', '.join(silent)} let its turn pass"  # 14
         why = why_claim(deployment, own, outlook.others.values(), lead)
-        claiming = Hosted(deployment, 0, own.score, Phase.CLAIMING, why, cause, wanted)
+        claiming = Hosted(deployment, 0, own.score, Phase.CLAIMING, why, cause, wanted, offer.plan)
         epoch = outlook.epoch(model)
         shortage = self._held.ledger.lease(model, epoch + 1, offer.memory, now)
         if shortage is not None:
@@ -343,15 +367,19 @@ class Election:
                 self._start_anew(hosted, offer, now)
 
     def _start_anew(self, hosted: Hosted, offer: Offer, now: float) -> None:
-        if offer.bid.suits is not Suits.YES:
-            self._held.give_up(hosted, f"not with other options: {offer.bid.reason}", "moved")
+        if offer.bid.suits not in (Suits.YES, Suits.SPLIT):
+            if hosted.replan_until is not None and now < hosted.replan_until:  # 15
+                self._waits.append(hosted.replan_until)
+                return
+            self._held.give_up(hosted, f"not any more: {offer.bid.reason}", "moved")
             return
         shortage = self._held.ledger.lease(hosted.model, hosted.epoch, offer.memory, now)
         if shortage is not None:
             self._held.fail(hosted, f"its bid was wrong: {shortage}", now)  # 7
             return
         self._held.outdate_offers()
-        self._held.start(replace(hosted, phase=Phase.PREPARING))  # 13
+        anew = replace(hosted, phase=Phase.PREPARING, plan=offer.plan)  # 13, 15
+        self._held.start(replace(anew, replanning=False, replan_until=None))
 
     def _save_next_epoch(self, model: ModelId) -> int:
         epoch = self._outlook.next_epoch(model)

@@ -25,7 +25,7 @@ from meshd.election.ranking import (
 )
 from meshd.election.words import Standing
 from meshd.ids import ModelId, NodeId
-from meshd.view import ClaimState, Deployment
+from meshd.view import ClaimState, Deployment, WorkerShare
 
 _NAMED = 3
 """Other nodes named in one line; of the rest only the number is said."""
@@ -54,6 +54,8 @@ class NodePlan:
     epoch: int | None = None
     needs_bytes: int | None = None
     free_bytes: int | None = None
+    workers: tuple[WorkerShare, ...] = ()
+    """Who lends memory for what it hosts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +126,13 @@ def why_outranked(found: Sequence[Contender], own: NodeId, wanted: int) -> str:
 def _host(of: Contender) -> NodePlan:
     claim = of.claim
     why = f"{claim.state}, epoch {claim.epoch}" + (f": {claim.reason}" if claim.reason else "")
-    node = of.node
-    return NodePlan(node.node, node.name, Verdict.HOSTS, why, claim.score, claim.epoch)
+    if claim.workers:
+        shares = ", ".join(f"{w.name} ({w.share:.0%})" for w in claim.workers)
+        why += f"; with memory of {shares}"
+    node, verdict = of.node, Verdict.HOSTS
+    return NodePlan(
+        node.node, node.name, verdict, why, claim.score, claim.epoch, workers=claim.workers
+    )
 
 
 def _outranked(of: Contender, standing: Sequence[Contender]) -> NodePlan:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from meshd.election.hosted import PROVED_S, Hosted, Phase, backoff_s
+from meshd.election.hosted import PROVED_S, REPLAN_WAIT_S, REPLANS, Hosted, Phase, backoff_s
 from meshd.election.ledger import Ledger
 from meshd.election.words import (
     Effect,
@@ -62,6 +62,9 @@ class Holdings:
             return  # it was given up; only its end is of interest
         elif event.state is ModelState.FAILED:
             reason = event.reason or "its engine failed"
+            if event.worker_lost and self._failures_before(hosted, now) < REPLANS:
+                self._plan_anew(hosted, reason, now)  # 15
+                return
             self.fail(hosted, reason, now, at_least_s=event.retry_after_s or 0.0)
         elif event.state is ModelState.READY:
             since = now if hosted.ready_at is None else hosted.ready_at
@@ -77,7 +80,10 @@ class Holdings:
         match hosted.phase:
             case Phase.DRAINING:
                 del self.hosted[hosted.model]  # 8
-            case Phase.FAILED | Phase.RESTARTING:
+            case Phase.RESTARTING:
+                until = now + REPLAN_WAIT_S if hosted.replanning else None
+                self.put(replace(gone, replan_until=until))
+            case Phase.FAILED:
                 self.put(gone)
             case _:
                 self.fail(gone, "its engine ended without being asked to", now)
@@ -85,19 +91,36 @@ class Holdings:
     def start(self, hosted: Hosted) -> None:
         """Its memory is leased and its epoch saved."""
         self.put(replace(hosted, engine=True))
-        self.orders.append(StartHost(hosted.deployment, hosted.epoch))
+        self.orders.append(StartHost(hosted.deployment, hosted.epoch, hosted.plan))
 
     def restart(self, hosted: Hosted) -> None:
         """Stop its engine and keep its claim; `hosted` has the record to be started with."""
         reason = "restarting with other options"
-        self.put(replace(hosted, phase=Phase.RESTARTING, reason=reason, at=None, ready_at=None))
+        again = replace(hosted, phase=Phase.RESTARTING, reason=reason, at=None, ready_at=None)
+        split = hosted.plan is not None
+        self.put(replace(again, plan=None, replanning=split, replan_until=None))
         self.orders.append(StopHost(hosted.model, reason, hosted.phase is Phase.READY))  # 13
+
+    def _plan_anew(self, hosted: Hosted, reason: str, now: float) -> None:
+        """End what is left of the engine and keep the claim, until offers say who could lend what
+        the lost worker did."""
+        self.failures[hosted.model] = self._failures_before(hosted, now) + 1
+        words = f"planning anew: {reason}"
+        again = replace(hosted, phase=Phase.RESTARTING, reason=words, at=None, ready_at=None)
+        self.put(replace(again, plan=None, replanning=True, replan_until=None))
+        self.orders.append(StopHost(hosted.model, reason, drain=False))
+        self.orders.append(HostChanged(hosted.model, f"{self._name} is {words}", "failed"))  # 12
+        self.outdate_offers()
+
+    def _failures_before(self, hosted: Hosted, now: float) -> int:
+        """In a row; none count once it has been READY for long."""
+        if hosted.ready_at is not None and now - hosted.ready_at >= PROVED_S:
+            return 0
+        return self.failures.get(hosted.model, 0)
 
     def fail(self, hosted: Hosted, reason: str, now: float, *, at_least_s: float = 0.0) -> None:
         """Say that it was this node's turn and why it came to nothing; end what there is of it."""
-        before = self.failures.get(hosted.model, 0)
-        if hosted.ready_at is not None and now - hosted.ready_at >= PROVED_S:
-            before = 0
+        before = self._failures_before(hosted, now)
         wait_s = max(backoff_s(before), at_least_s)
         self.failures[hosted.model] = before + 1
         failed = replace(hosted, phase=Phase.FAILED, reason=reason, at=None, ready_at=None)

@@ -6,11 +6,16 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from meshd.ids import ModelId
-from meshd.view import Claim, ClaimState, Deployment, ModelState
+from meshd.view import Claim, ClaimState, Deployment, ModelState, SplitPlan
 
 BACKOFF_S = (10.0, 30.0, 60.0, 120.0, 300.0)
 """How long a node is passed over after failures in a row; the last one goes on. A node with a
 broken disk should not be asked every few seconds, one that was short of memory not in an hour."""
+REPLANS = 3
+"""Losses of workers in a row after which its host is passed over as after a failure of its own."""
+REPLAN_WAIT_S = 3.0
+"""How long a plan is sought after a worker was lost: as long as it takes to hear what the others
+lend now, and whether the lost one is dead."""
 PROVED_S = 600.0
 """READY for so long, and the failures before are forgotten."""
 
@@ -21,7 +26,8 @@ class Phase(StrEnum):
     PREPARING = "preparing"
     READY = "ready"
     RESTARTING = "restarting"
-    """Its options changed: the engine stops, and is started anew once it has gone."""
+    """Its options changed, or a worker was lost: the engine stops, and is started anew once it has
+    gone."""
     DRAINING = "draining"
     FAILED = "failed"
 
@@ -49,6 +55,8 @@ class Hosted:
     cause: str
     wanted: int
     """Hosts that were wanted when it last stood."""
+    plan: SplitPlan | None = None
+    """Who holds which share; None if it lies on this node alone."""
     reason: str = ""
     """What it is at, or why it ends; says nothing if READY."""
     at: ModelState | None = None
@@ -58,6 +66,10 @@ class Hosted:
     raising: int | None = None
     """The higher epoch that is on its way to the disk."""
     ready_at: float | None = None
+    replanning: bool = False
+    """Of RESTARTING: workers lent it memory, and others are sought, or the same again."""
+    replan_until: float | None = None
+    """Set when its engine and loans are gone: when to give up if no plan fits."""
     retry_at: float | None = None
     """Of FAILED: when the claim is taken back."""
     backoff_s: float | None = None
@@ -72,13 +84,19 @@ class Hosted:
         if self.phase is Phase.CLAIMING:
             return None
         reason = self.why if self.phase is Phase.READY else self.reason
-        return Claim(self.model, self.epoch, _SHOWN[self.phase], self.score, reason, self.backoff_s)
+        workers = () if self.plan is None else tuple(part.shown for part in self.plan.parts)
+        state = _SHOWN[self.phase]
+        return Claim(self.model, self.epoch, state, self.score, reason, self.backoff_s, workers)
 
 
 def same_engine(one: Deployment, other: Deployment) -> bool:
     """Whether an engine started for one record serves the other."""
-    return (one.ref, one.context, one.parallel) == (other.ref, other.context, other.parallel)
+    return _options(one) == _options(other)
 
 
 def backoff_s(failures_before: int) -> float:
     return BACKOFF_S[min(failures_before, len(BACKOFF_S) - 1)]
+
+
+def _options(of: Deployment) -> tuple[object, ...]:
+    return of.ref, of.context, of.parallel, of.split

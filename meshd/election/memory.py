@@ -3,7 +3,8 @@
 1. Nothing may be leased before an engine is known, and for an accelerator not before it was tried:
    until then it is not known on what a model would run.
 2. While an engine loads, what it has taken so far is missing from the free memory and leased as
-   well; so no reading counts that was taken meanwhile, not even once it is loaded.
+   well; so no reading counts that was taken meanwhile, not even once it is loaded. The same
+   while memory is lent to other nodes: what they have taken of it so far is not known.
 3. A reading that differs from the last one by little says nothing: free memory is never still.
 """
 
@@ -51,7 +52,7 @@ class Memory:
     ) -> bool:
         """Take over a reading; whether the capacity changed by it. `held`: by this node's engines,
         of what is missing from the free memory, under the names the engine gives. `calm`: no
-        engine of this node is loading."""
+        engine of this node is loading, and nothing is lent."""
         if devices is self._devices or not devices:
             return False
         self._devices = devices

@@ -6,8 +6,9 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from meshd.election.memory import Memory
-from meshd.ids import ModelId, NodeId
-from meshd.view import Deployment, Preparing
+from meshd.election.words import StartHost
+from meshd.ids import LoanId, ModelId, NodeId
+from meshd.view import Preparing
 from meshd.view.shape import MemoryParts, ModelShape
 
 
@@ -15,7 +16,7 @@ from meshd.view.shape import MemoryParts, ModelShape
 class Needs:
     """All but the awaited ones return at once."""
 
-    start: Callable[[Deployment, int | None], None]
+    start: Callable[[StartHost, int | None], None]
     """Load it; the bytes the engine may keep of prompts. Raises MeshdError."""
     stop: Callable[[ModelId, bool], None]
     """Unload; with or without the requests in flight. Raises ModelNotFound."""
@@ -41,3 +42,14 @@ class Needs:
     """Have `View.devices` made anew."""
     auto: Callable[[Memory], str | None]
     """The REF `--auto` chooses for this memory; may block."""
+    lends: Callable[[], str | None] = lambda: "this node has no RPC server"
+    """Why this node can lend no memory to other nodes' models; None if it can."""
+    end_loan: Callable[[LoanId, str], None] = lambda loan, reason: None
+    """Stop what uses the memory of a loan, and tell its host why; `ElectionRoom.loan_ended` when
+    that is done."""
+    worker_lost: Callable[[ModelId], bool] = lambda model: False
+    """Whether what this node hosts failed for want of a worker."""
+    avoided: Callable[[], Collection[NodeId]] = frozenset
+    """Nodes that refused to lend, or were lost as workers, a moment ago."""
+    bytes_per_s: Callable[[], Mapping[NodeId, float]] = dict
+    """What was measured of tunnels to other nodes, at best."""

@@ -10,7 +10,9 @@ Sizes are bytes, devices are named as the engine calls them. Rules, numbered as 
 5. If a model does not fit, it may where others were put to sleep. Those are models that are served
    here, work on nothing and have not been asked for `SWAP_IDLE_S`; longest unused first, and only
    those without which it does not fit.
-6. What is told is coarse, and its words hold no figure that time alone changes: each new bid is a
+6. If it does not fit either way, or is to lie on several nodes in any case, it may with memory that
+   other nodes lend.
+7. What is told is coarse, and its words hold no figure that time alone changes: each new bid is a
    new advert to all nodes.
 """
 
@@ -22,7 +24,9 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Final, TypeAlias
 
-from meshd.election.fit import Fit
+from meshd.election.fit import HOST, Fit
+from meshd.election.fit.splitting import SplitFit
+from meshd.election.ledger import Holder
 from meshd.election.words import Offer
 from meshd.ids import ModelId
 from meshd.view import Bid, Deployment, Suits
@@ -33,12 +37,16 @@ STEPS: Final = 15
 """The highest figure of a headroom or a load."""
 COARSE_BITS: Final = 5
 """Of free memory that is told: the figure is at most a sixteenth below the truth."""
+NOBODY_LENDS: Final = "it is to be split, and there is no other node that could lend memory"
 UNKNOWN_SIZE: Final = "how much memory it needs is not known on this node yet"
 
 Memory: TypeAlias = Mapping[str, int]
 
 MemoryFit: TypeAlias = Callable[[Deployment, Memory], Fit | None]
 """Whether a deployment fits into memory that is free, by device; None if its size is unknown."""
+
+MemorySplit: TypeAlias = Callable[[Deployment, Memory], SplitFit | None]
+"""The same, together with memory of other nodes; None if it cannot be split from here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +65,8 @@ class NodeFacts:
 
     capacity: Memory
     """What may be leased of each device in all."""
-    leases: Mapping[ModelId, Memory] = field(default_factory=lambda: MappingProxyType({}))
-    """What is leased, by model and device."""
+    leases: Mapping[Holder, Memory] = field(default_factory=lambda: MappingProxyType({}))
+    """What is leased, by holder and device."""
     uses: Mapping[ModelId, Use] = field(default_factory=lambda: MappingProxyType({}))
     """Of models that are READY here; what is still being loaded is no victim."""
     weights: Collection[ModelId] = frozenset()
@@ -87,6 +95,7 @@ def offers(
     now: float,
     *,
     bar: str | None = None,
+    split: MemorySplit = lambda deployment, free: None,
 ) -> tuple[Offer, ...]:
     """One for each deployment that is to be served, in their order. `bar`: see `barred`."""
     wanted = [d for d in deployments if not d.removed and not d.asleep]  # 1
@@ -106,7 +115,7 @@ def offers(
         if bar is not None:  # 2
             made.append(Offer(replace(bid, reason=bar)))
         else:
-            made.append(_offer(deployment, bid, node, fit, now))
+            made.append(_offer(deployment, bid, node, fit, split, now))
     return tuple(made)
 
 
@@ -123,18 +132,27 @@ def coarse(size: int) -> int:
     return size >> drop << drop
 
 
-def _offer(deployment: Deployment, bid: Bid, node: NodeFacts, fit: MemoryFit, now: float) -> Offer:
+def _offer(
+    deployment: Deployment,
+    bid: Bid,
+    node: NodeFacts,
+    fit: MemoryFit,
+    split: MemorySplit,
+    now: float,
+) -> Offer:
     model = deployment.model
     free = _free(node, {model})  # 4
     found = fit(deployment, free)
     if found is None:  # 3
         return Offer(replace(bid, reason=UNKNOWN_SIZE))
+    if deployment.split:  # 6
+        return _splitting(bid, found, (), split(deployment, free), free, node)
     if found.fits:
         return _fitting(bid, found, free, node)
     candidates = _candidates(model, node, now)
     victims = _victims(deployment, candidates, node, fit)
     if victims is None:
-        return _not_fitting(bid, found, candidates)
+        return _splitting(bid, found, candidates, split(deployment, free), free, node)
     freed = _free(node, {model, *victims})
     swapped = fit(deployment, freed)
     assert swapped is not None, "its size was known a moment ago"
@@ -145,35 +163,73 @@ def _offer(deployment: Deployment, bid: Bid, node: NodeFacts, fit: MemoryFit, no
 
 
 def _fitting(bid: Bid, found: Fit, free: Memory, node: NodeFacts) -> Offer:
-    left = [
-        16 * (free[device] - need) // node.capacity[device]
-        for device, need in found.memory.items()
-        if need
-    ]
     told = replace(
         bid,
         suits=Suits.YES,
         reason=found.words,
         accelerated=bool(found.layers) and not found.beside,
         needs_bytes=found.needed,
-        free_bytes=max(found.needed, coarse(found.needed + found.headroom)),  # 6
-        headroom=min((STEPS, *left)),
+        free_bytes=max(found.needed, coarse(found.needed + found.headroom)),  # 7
+        headroom=_headroom(found.memory, free, node),
     )
     return Offer(told, found.memory)
 
 
-def _not_fitting(bid: Bid, found: Fit, candidates: Collection[ModelId]) -> Offer:
+def _splitting(
+    bid: Bid,
+    alone: Fit,
+    candidates: Collection[ModelId],
+    found: SplitFit | None,
+    free: Memory,
+    node: NodeFacts,
+) -> Offer:
+    """What does not fit alone, or is not to lie on one node (6)."""
+    if found is None or found.plan is None:
+        return _not_fitting(bid, alone, candidates, found)
+    plan = found.plan
+    devices = [device for part in plan.parts for device, _ in part.memory]
+    told = replace(
+        bid,
+        suits=Suits.SPLIT,
+        reason=found.words,
+        accelerated=not plan.beside and HOST not in devices,
+        needs_bytes=found.needed,
+        free_bytes=max(found.needed, coarse(found.needed + found.headroom)),
+        headroom=_headroom(found.memory, free, node),
+        workers=len(plan.parts),
+    )
+    return Offer(told, found.memory, plan=plan)
+
+
+def _not_fitting(
+    bid: Bid, found: Fit, candidates: Collection[ModelId], split: SplitFit | None
+) -> Offer:
     beside = "; not even if everything that is unused here slept" if candidates else ""
     free = coarse(max(0, found.needed - found.missing))
     reason = found.words + beside
+    lent = NOBODY_LENDS if split is None else split.words
+    if found.fits:
+        reason = lent
+    elif split is not None:
+        reason = f"{reason}; {lent}"
     return Offer(replace(bid, reason=reason, needs_bytes=found.needed, free_bytes=free))
 
 
-def _free(node: NodeFacts, without: Collection[ModelId]) -> Memory:
+def _headroom(needed: Memory, free: Memory, node: NodeFacts) -> int:
+    """See `Bid.headroom`."""
+    left = [
+        16 * (free[device] - need) // node.capacity[device]
+        for device, need in needed.items()
+        if need
+    ]
+    return min((STEPS, *left))
+
+
+def _free(node: NodeFacts, without: Collection[Holder]) -> Memory:
     """What is free by device, as if the models of `without` had no lease."""
     free = dict(node.capacity)
-    for model, memory in node.leases.items():
-        if model not in without:
+    for holder, memory in node.leases.items():
+        if holder not in without:
             for device, size in memory.items():
                 free[device] = free.get(device, 0) - size
     return MappingProxyType({device: max(0, size) for device, size in free.items()})

@@ -16,11 +16,13 @@ from meshd.election.store import ElectionStore
 from meshd.election.table import SAVE_AGAIN_S, Table
 from meshd.election.words import (
     Effect,
+    EndLoan,
     EpochSaved,
     Event,
     HostChanged,
     HostReported,
     LeasesChanged,
+    LoanAnswered,
     PublishClaims,
     PutToSleep,
     SaveEpoch,
@@ -29,7 +31,7 @@ from meshd.election.words import (
     StopHost,
 )
 from meshd.errors import MeshdError, ModelNotFound
-from meshd.ids import ModelId
+from meshd.ids import LoanId, ModelId
 from meshd.kernel import Board, Pool
 from meshd.view import ModelState, View
 
@@ -69,6 +71,8 @@ class Orders:
         self._started = started
         self._leases_changed = leases_changed
         self._look_again = look_again
+        self.answers: dict[LoanId, str | None] = {}
+        """To loans that were asked for, until who asked takes them."""
         self.disk_problem: str | None = None
         """Why no epoch can be saved, so that nothing may be claimed."""
         self._kept: dict[ModelId, int] = {}
@@ -94,6 +98,10 @@ class Orders:
             case HostChanged():
                 log.info("%s: %s", effect.model, effect.why)
                 self.host_changes[effect.model, effect.cause] += 1
+            case LoanAnswered():
+                self.answers[effect.loan] = effect.refusal
+            case EndLoan():
+                self._needs.end_loan(effect.loan, effect.reason)
             case _:
                 assert_never(effect)
         self._look_again()
@@ -138,7 +146,7 @@ class Orders:
         self._started(model)
         counted = self._appraiser.counted(order.deployment)
         try:
-            self._needs.start(order.deployment, None if counted is None else counted.prompts)
+            self._needs.start(order, None if counted is None else counted.prompts)
         except MeshdError as error:
             self._post(HostReported(model, ModelState.FAILED, error.message))
 

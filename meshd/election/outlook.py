@@ -12,7 +12,13 @@ from types import MappingProxyType
 from typing import Final
 
 from meshd.election.claims import Contender, highest_epoch
-from meshd.election.words import Standing
+from meshd.election.words import (
+    DemandMoved,
+    DeploymentsSeen,
+    DrainAsked,
+    NodesSeen,
+    Standing,
+)
 from meshd.ids import ModelId, NodeId
 from meshd.view import Bid, Claim, ClaimState, Deployment
 
@@ -46,6 +52,19 @@ class Outlook:
         self._floor = floor
         self._last_hosts: dict[ModelId, Mapping[NodeId, str]] = {}
         """Names of those that hosted when there were last enough of them."""
+
+    def take(
+        self, event: NodesSeen | DeploymentsSeen | DemandMoved | DrainAsked, now: float
+    ) -> None:
+        match event:
+            case NodesSeen():
+                self.see_nodes(event.nodes)
+            case DeploymentsSeen():
+                self.see_deployments(event.records, now)
+            case DemandMoved():
+                self.demand = event.replicas
+            case DrainAsked():
+                self.draining = event.on
 
     def see_nodes(self, nodes: Iterable[Standing]) -> None:
         """A word of this node itself is of an earlier run of it: only its epochs count."""

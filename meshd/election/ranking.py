@@ -7,9 +7,10 @@ without talking. A node comes into the ranking of a deployment if
 2. it has no claim of the model, of any state: who hosts, gives up or failed is not asked again;
 3. it has bid for this version of the deployment, and does not say NO.
 
-The order, best first: YES before SWAP before SPLIT, of those fewer workers, all layers on accelerators before not, weights on disk
-before none, more headroom, more speed, less load. Accelerators come so early since what is loaded
-stays for long: weights are fetched once, and main memory, of which there is more, is slower by far.
+The order, best first: YES before SWAP before SPLIT, fewer workers, all layers on accelerators
+before not, weights on disk before none, more headroom, more speed, less load. Accelerators come so
+early since what is loaded stays for long: weights are fetched once, and main memory, of which there
+is more, is slower by far.
 What is equal in all of that is decided by a hash of the model and the node, so that models for
 which all nodes are equal spread over them, and one node's leaving moves only its own.
 """

@@ -42,6 +42,7 @@ class _Record(BaseModel):
     cause: Annotated[Cause, Field(strict=False)] = Cause.OPERATOR
     asleep: bool = False
     removed: bool = False
+    split: bool = False
     shape: Annotated[str, StringConstraints(max_length=MAX_JSON_BYTES)] | None = None
     """`ModelShape.to_json`; one that makes no sense is as good as none."""
 
@@ -58,6 +59,7 @@ class _Record(BaseModel):
             cause=self.cause,
             asleep=self.asleep,
             removed=self.removed,
+            split=self.split,
             shape=_shape(self.shape),
         )
 

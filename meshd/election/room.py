@@ -20,6 +20,7 @@ from meshd.election.demand import Demand
 from meshd.election.desk import Desk
 from meshd.election.election import Election
 from meshd.election.flags import Flags
+from meshd.election.lenders import lendable
 from meshd.election.loads import Loads
 from meshd.election.memory import Memory
 from meshd.election.needs import Needs
@@ -37,13 +38,17 @@ from meshd.election.words import (
     DrainAsked,
     Effect,
     Event,
+    LoanAsked,
+    LoanEnded,
+    LoanRenewed,
     NodesSeen,
     OffersMade,
     Standing,
 )
+from meshd.ids import LoanId
 from meshd.kernel import Board, Clock, Driver, FlightRecorder, Pool, Service
 from meshd.sizes import parse_size
-from meshd.view import NodeState, Role, View
+from meshd.view import Lendable, Loan, NodeState, Role, View
 
 __all__ = ["ElectionRoom", "Needs"]
 
@@ -84,8 +89,10 @@ class ElectionRoom(Service):
         view, corrections = board.current, config.data_dir / CORRECTIONS
         appraiser = Appraiser(config.engine, read_corrections(corrections))
         memory = Memory(None if config.max_vram is None else parse_size(config.max_vram))
+        self._memory = memory
         demand = Demand()
         machine = Election(view.node.id, view.node.name, saved.epochs, saved.floor)
+        self._machine = machine
         self._driver: Driver[Event, Effect] = Driver(
             self.name, machine, self._run, clock=clock, recorder=recorder
         )
@@ -291,6 +298,8 @@ class ElectionRoom(Service):
         view = self._board.current
         if view.node.role == Role.CLIENT.value:
             return
+        self._show_lends()
+        view = self._board.current
         made = self._bidding.make(self._table.records, view, draining=self._draining, anew=anew)
         if made is None:
             return
@@ -298,6 +307,33 @@ class ElectionRoom(Service):
         if bids != view.bids:
             self._board.publish(replace(view, bids=bids))
         self._driver.post(OffersMade(made))
+
+    # -- loans ------------------------------------------------------------------------------------
+
+    def lend(self, loan: Loan) -> str | None:
+        """Lease the memory a host asks for; why not, in words, or None if it is leased now. Each
+        loan that was granted ends in `loan_ended`."""
+        if not self._open:
+            return "this node is about to end, or has just begun"
+        self._driver.post(LoanAsked(loan))
+        return self._orders.answers.pop(loan.id)
+
+    def loan_renewed(self, loan: LoanId) -> None:
+        self._driver.post(LoanRenewed(loan))
+
+    def loan_ended(self, loan: LoanId) -> None:
+        """What used its memory is gone."""
+        self._driver.post(LoanEnded(loan))
+        self._needs.look_at_devices()
+        self.look_again()
+
+    def _show_lends(self) -> None:
+        view = self._board.current
+        lends: tuple[Lendable, ...] = ()
+        if not self._draining and self._needs.lends() is None:
+            lends = lendable(self._memory.budgets, self._machine.ledger.free())
+        if lends != view.lends:
+            self._board.publish(replace(view, lends=lends))
 
     # -- demand -----------------------------------------------------------------------------------
 

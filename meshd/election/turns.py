@@ -4,7 +4,8 @@ A node that bids YES and never claims would otherwise hold a model up for as lon
 Rules, numbered as in the code:
 
 1. It is the turn of those first in the ranking, as many as there are places to be filled, for as
-   long as they say YES or SPLIT and claim nothing, and this node would claim, or give up, but for them.
+   long as they say YES or SPLIT and claim nothing, and this node would claim, or give up, but for
+   them.
 2. Who had its turn for `TURN_S` is passed over for `PASSED_S`, as if it had said nothing. Then it
    is the turn of the next one, so that of many who wait one claims.
 3. Who says SWAP is waited for: it may be waiting for requests of those it makes room.

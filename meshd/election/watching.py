@@ -94,6 +94,7 @@ class Watching:
                 held[device] += parts.private
         hosted = self._machine.hosted.values()
         calm = not any(h.engine and h.phase is not Phase.READY for h in hosted)
+        calm = calm and not self._machine.lent  # what an RPC server holds nobody tells
         if self._memory.measure(view.devices, self._memory.counted(held), calm=calm):
             self._post(CapacityMeasured(self._memory.capacity))
 
@@ -108,7 +109,8 @@ class Watching:
             self._demand.stopped(model)
             self._needs.look_at_devices()
         reason, wait_s = (None, None) if seen is None else (seen.reason, seen.retry_after_s)
-        self._post(HostReported(model, state, reason, wait_s))
+        lost = state is ModelState.FAILED and self._needs.worker_lost(model)
+        self._post(HostReported(model, state, reason, wait_s, lost))
 
     def _learn(self, model: ModelId, local: ModelView) -> None:
         """Its engine is loaded: lease what it took, and remember how that differs."""

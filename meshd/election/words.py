@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from meshd.ids import ModelId, NodeId
+from meshd.ids import LoanId, ModelId, NodeId
 from meshd.kernel.machine import Tick
-from meshd.view import Bid, Claim, Deployment, ModelState
+from meshd.view import Bid, Claim, Deployment, Loan, ModelState, SplitPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,8 @@ class Offer:
     """What would be leased, by device as the engine calls it."""
     victims: tuple[ModelId, ...] = ()
     """With `Suits.SWAP`: the models to be put to sleep first, longest unused first."""
+    plan: SplitPlan | None = None
+    """With `Suits.SPLIT`: who would hold what; `memory` is this node's part."""
 
 
 # -- events ---------------------------------------------------------------------------------------
@@ -76,6 +78,8 @@ class HostReported:
     reason: str | None = None
     retry_after_s: float | None = None
     """Of FAILED: trying earlier is known to be in vain, or unwelcome."""
+    worker_lost: bool = False
+    """Of FAILED: a worker refused or was lost; nothing is known to be wrong with this node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,27 @@ class DemandMoved:
     replicas: Mapping[ModelId, int]
 
 
+@dataclass(frozen=True, slots=True)
+class LoanAsked:
+    """A host asks this node for memory; ends in LoanAnswered at once. `loan.id` is new."""
+
+    loan: Loan
+
+
+@dataclass(frozen=True, slots=True)
+class LoanRenewed:
+    """Its host needs it still."""
+
+    loan: LoanId
+
+
+@dataclass(frozen=True, slots=True)
+class LoanEnded:
+    """What used its memory is gone."""
+
+    loan: LoanId
+
+
 Event = (
     NodesSeen
     | DeploymentsSeen
@@ -118,6 +143,9 @@ Event = (
     | EpochSaved
     | DrainAsked
     | DemandMoved
+    | LoanAsked
+    | LoanRenewed
+    | LoanEnded
     | Tick
 )
 
@@ -140,6 +168,8 @@ class StartHost:
 
     deployment: Deployment
     epoch: int
+    plan: SplitPlan | None = None
+    """Who lends memory for it; None if it is to lie on this node alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,4 +215,30 @@ class HostChanged:
     """A word for metrics: `first`, `died`, `moved`, `failed`, `scaled`, `conflict`, `asked`."""
 
 
-Effect = SaveEpoch | StartHost | StopHost | PublishClaims | LeasesChanged | PutToSleep | HostChanged
+@dataclass(frozen=True, slots=True)
+class LoanAnswered:
+    """The memory of that loan is leased, or why not."""
+
+    loan: LoanId
+    refusal: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class EndLoan:
+    """Stop what uses its memory, and tell its host; ends in LoanEnded."""
+
+    loan: LoanId
+    reason: str
+
+
+Effect = (
+    SaveEpoch
+    | StartHost
+    | StopHost
+    | PublishClaims
+    | LeasesChanged
+    | PutToSleep
+    | HostChanged
+    | LoanAnswered
+    | EndLoan
+)

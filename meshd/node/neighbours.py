@@ -56,11 +56,15 @@ class MeshNeighbours:
         return any(digest in peer.weights for peer in others) if others else None
 
 
-def bulk_service(cache: CacheRoom) -> Callable[[NodeId, Open], dict[str, Any]]:
-    """For `session.Needs`: what other nodes get of the weights here; every member the same. It
-    raises PeerRefused, NotInCache."""
+def bulk_service(
+    cache: CacheRoom, tunnel: Callable[[NodeId, Open], dict[str, Any]]
+) -> Callable[[NodeId, Open], dict[str, Any]]:
+    """For `session.Needs`: what other nodes get of the weights here, every member the same; and
+    `tunnel`, for hosts of which this node is a worker. It raises PeerRefused, NotInCache."""
 
-    def serve(_: NodeId, wanted: Open) -> dict[str, Any]:
+    def serve(node: NodeId, wanted: Open) -> dict[str, Any]:
+        if wanted.service == "rpc":
+            return tunnel(node, wanted)
         if not cache.settings.from_peers:
             raise PeerRefused(
                 "this node serves no weights (`cache.from_peers`)", reason="no_service"

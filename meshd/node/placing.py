@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from meshd.errors import MeshdError
 from meshd.ids import ModelId
 from meshd.kernel import Board, Clock, FlightRecorder, Pool
-from meshd.view import Deployment, View
+from meshd.view import View
 from meshd.view.shape import MemoryParts
 
 if TYPE_CHECKING:
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from meshd.config import Config
     from meshd.election.memory import Memory
     from meshd.election.room import ElectionRoom
+    from meshd.election.words import StartHost
+    from meshd.node.borrowing import Borrowing
+    from meshd.node.lending import Lending
     from meshd.peers.mesh import MeshService
     from meshd.runtime.host import ModelHost
 
@@ -32,6 +35,8 @@ class Placing:
         *,
         models: Callable[[], ModelHost],
         mesh: Callable[[], MeshService],
+        lending: Lending,
+        borrowing: Borrowing,
         look_at_devices: Callable[[], None],
     ) -> None:
         self._config = config
@@ -39,6 +44,8 @@ class Placing:
         self._cache = cache
         self._models = models
         self._mesh = mesh
+        self._lending = lending
+        self._borrowing = borrowing
         self._look_at_devices = look_at_devices
         self._drains: dict[ModelId, float] = {}
         """What an operator said of an unload that is on its way."""
@@ -70,6 +77,11 @@ class Placing:
             expects_others=lambda: self._mesh().expects_others,
             look_at_devices=self._look_at_devices,
             auto=self._choose,
+            lends=self._lending.problem,
+            end_loan=self._lending.end_loan,
+            worker_lost=self._borrowing.worker_lost,
+            avoided=self._borrowing.avoided,
+            bytes_per_s=self._borrowing.bytes_per_s,
         )
         self._room = room.ElectionRoom(
             self._config,
@@ -89,7 +101,7 @@ class Placing:
         from meshd.election.desk import Wish
 
         return await self.room.desk.load(
-            Wish(body.ref, body.context, body.parallel, body.replicas, body.host)
+            Wish(body.ref, body.context, body.parallel, body.replicas, body.host, body.split)
         )
 
     async def unload(self, body: UnloadBody) -> ModelId:
@@ -104,15 +116,19 @@ class Placing:
 
     # -- orders -----------------------------------------------------------------------------------
 
-    def _start(self, deployment: Deployment, prompt_cache_bytes: int | None) -> None:
+    def _start(self, order: StartHost, prompt_cache_bytes: int | None) -> None:
         from meshd.runtime.hosting_events import LoadOptions
 
+        deployment = order.deployment
         self._drains.pop(deployment.model, None)
-        self._models().load(
-            deployment.ref,
-            LoadOptions(deployment.context, deployment.parallel, prompt_cache_bytes),
-            name=deployment.model,
+        options = LoadOptions(
+            deployment.context,
+            deployment.parallel,
+            prompt_cache_bytes,
+            split=order.plan,
+            epoch=order.epoch,
         )
+        self._models().load(deployment.ref, options, name=deployment.model)
 
     def _stop(self, model: ModelId, drain: bool) -> None:
         drain_s = self._drains.pop(model, None)

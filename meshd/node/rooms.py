@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from meshd.api.admin import AdminServer, MeshControls
     from meshd.cache.room import CacheRoom
     from meshd.election.room import ElectionRoom
+    from meshd.node.borrowing import Borrowing
+    from meshd.node.lending import Lending
     from meshd.node.placing import Placing
     from meshd.peers.lan.discovery import Discovery
     from meshd.peers.mesh import MeshService
@@ -43,6 +45,8 @@ _MODEL_ROOMS = (
     "meshd.runtime.registry",
 )
 _MESH_ROOMS = (
+    "meshd.node.borrowing",
+    "meshd.node.lending",
     "meshd.cache.offering",
     "meshd.cache.service",
     "meshd.peers.lan.discovery",
@@ -79,12 +83,16 @@ class Rooms:
         self._drivers = Pool("drivers", workers=2)
         self._records = Pool("records", workers=2)
         """Of the election: a claim waits for the disk, and must not for a walk through a cache."""
+        self._tensors = Pool("tensors", workers=4)
+        """Of loans: each may read a model's weights."""
         self._cache: CacheRoom | None = None
         self._models: ModelHost | None = None
         self._prover: Prover | None = None
         self._mesh: MeshService | None = None
         self._survey: Survey | None = None
         self._placing: Placing
+        self._lending: Lending
+        self._borrowing: Borrowing
         self.usage = LateUsage()
         """Told of requests, from the first one on."""
 
@@ -100,6 +108,7 @@ class Rooms:
         set_node(self._board, id=identity.node_id)
         cache = self._cache = await self._pool.run(self._make_cache)
         await self._import(_MESH_ROOMS)
+        self._make_loans(cache)
         self._placing = self._make_placing(cache)
         election = self.usage.room = await self._pool.run(
             lambda: self._placing.make(
@@ -118,6 +127,7 @@ class Rooms:
         survey = Survey(self._config, self._board, self._pool, self._prover.listing)
         self._survey = survey
         await stack.start(survey)
+        await stack.start(self._lending)
         await stack.start(mesh)
         await stack.start(election)
         await self._import(_COMMAND_ROOMS)
@@ -165,6 +175,7 @@ class Rooms:
                 shown=prover.engine_found,
                 hosts=hosts,
                 changed=election.look_again,
+                borrow=self._borrowing.borrow,
             ),
             clock=self._clock,
             rng=self._rng,
@@ -185,6 +196,20 @@ class Rooms:
             return builtin
         return {**{w.model: w.ref for w in self._board.current.weights}, **builtin}
 
+    def _make_loans(self, cache: CacheRoom) -> None:
+        from meshd.node.borrowing import Borrowing
+        from meshd.node.lending import Lending
+
+        self._borrowing = Borrowing(self._board, self.joined, clock=self._clock)
+        self._lending = Lending(
+            self._config,
+            self._board,
+            cache,
+            lambda: self._placing.room,
+            rng=self._rng,
+            pool=self._tensors,
+        )
+
     def _make_placing(self, cache: CacheRoom) -> Placing:
         from meshd.node.placing import Placing
 
@@ -198,6 +223,8 @@ class Rooms:
             cache,
             models=models,
             mesh=self.joined,
+            lending=self._lending,
+            borrowing=self._borrowing,
             look_at_devices=lambda: self._survey.look_now() if self._survey else None,
         )
 
@@ -257,7 +284,8 @@ class Rooms:
                 inflight=api.inflight,
                 serve_api=api.peer_protocol,
                 carrier=tuple(guarded(CARRIER)),
-                serve_bulk=bulk_service(cache),
+                serve_bulk=bulk_service(cache, self._lending.tunnel),
+                serve_loan=self._lending.desk.serve,
                 deployments=election.shared,
             ),
             self._pool,
@@ -297,6 +325,8 @@ class Rooms:
         yield "meshd_bulk_bytes_total", {"direction": "out"}, sent
         if self.usage.room is not None:
             yield from self.usage.room.metrics()
+            yield from self._lending.metrics()
+            yield from self._borrowing.metrics()
 
     async def connect_remote(
         self, target: Target, make_protocol: Callable[[], asyncio.Protocol]
@@ -324,3 +354,4 @@ class Rooms:
         self._pool.close()
         self._drivers.close()
         self._records.close()
+        self._tensors.close()

@@ -66,6 +66,7 @@ def orders(daemon: Daemon) -> list[tuple[str, Any]]:
         (("--ctx", "4096", "--parallel", "2"), {"context": 4096, "parallel": 2}),
         (("--replicas", "3", "--host", "attic"), {"replicas": 3, "host": "attic"}),
         (("--replicas", "auto"), {"replicas": "auto"}),
+        (("--split",), {"split": True}),
     ],
 )
 def test_what_is_wished_for_is_in_the_order(
@@ -75,7 +76,7 @@ def test_what_is_wished_for_is_in_the_order(
     result = cli("load", "owner/m", *flags, "--no-wait")
     assert (result.exit_code, result.stdout.split(";")[0]) == (0, "loading m")
     nothing = dict.fromkeys(("context", "parallel", "replicas", "host"))
-    assert daemon.asked == [("/load", {"ref": "owner/m"} | nothing | body)]
+    assert daemon.asked == [("/load", {"ref": "owner/m", "split": False} | nothing | body)]
 
 
 @pytest.mark.parametrize("count", ["0", "4097", "-1", "1.5", "many", ""])

@@ -17,6 +17,7 @@ from meshd.config import Config
 from meshd.election.memory import Memory
 from meshd.election.room import ElectionRoom, Needs
 from meshd.election.store import ElectionStore
+from meshd.election.words import StartHost
 from meshd.errors import BadReference, MeshdError, ModelNotFound, NotFound
 from meshd.ids import MeshId, ModelId, NodeId
 from meshd.kernel import Board, Clock, FlightRecorder, MonotonicClock, Pool
@@ -220,7 +221,8 @@ class Stage:
             auto=self._auto,
         )
 
-    def _start(self, deployment: Deployment, prompts: int | None) -> None:
+    def _start(self, order: StartHost, prompts: int | None) -> None:
+        deployment = order.deployment
         self.started.append((deployment, prompts))
         if self.start_fails is not None:
             raise self.start_fails

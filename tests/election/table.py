@@ -13,11 +13,13 @@ from meshd.election.words import (
     DeploymentsSeen,
     DrainAsked,
     Effect,
+    EndLoan,
     EpochSaved,
     Event,
     HostChanged,
     HostReported,
     LeasesChanged,
+    LoanAnswered,
     NodesSeen,
     Offer,
     OffersMade,
@@ -229,6 +231,10 @@ def show_effect(effect: Effect) -> str:
             return f"put {model} to sleep for {wanted_for}"
         case HostChanged(model, why, cause):
             return f"{model} [{cause}] {why}"
+        case LoanAnswered(_, refusal):
+            return f"lends{'' if refusal is None else f' nothing: {refusal}'}"
+        case EndLoan(loan, reason):
+            return f"ends {loan}: {reason}"
 
 
 def _show_record(record: Deployment) -> str:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshd.election.fit import Fit
+from meshd.election.ledger import Holder
 from meshd.election.offering import (
     SWAP_IDLE_S,
     UNKNOWN_SIZE,
@@ -140,7 +141,7 @@ def test_why_a_node_is_barred() -> None:
 
 
 def swapping(uses: Mapping[ModelId, Use], **sizes: int) -> NodeFacts:
-    leases = {ModelId(name): {"gpu": size} for name, size in sizes.items()}
+    leases: dict[Holder, dict[str, int]] = {ModelId(n): {"gpu": s} for n, s in sizes.items()}
     return NodeFacts({"gpu": 100}, leases, uses)
 
 
@@ -198,7 +199,8 @@ def test_victims_are_idle_enough_and_none_too_many(
     models: list[tuple[int, bool, int]], need: int
 ) -> None:
     names = [ModelId(f"v{n}") for n in range(len(models))]
-    leases = {name: {"gpu": size} for name, (size, _, _) in zip(names, models, strict=True)}
+    sizes = {name: size for name, (size, _, _) in zip(names, models, strict=True)}
+    leases: dict[Holder, dict[str, int]] = {name: {"gpu": s} for name, s in sizes.items()}
     uses = {
         name: Use(busy=busy, last_at=float(at))
         for name, (_, busy, at) in zip(names, models, strict=True)

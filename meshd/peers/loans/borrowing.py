@@ -101,6 +101,12 @@ class Borrowed:
     def warmed_bytes(self) -> int:
         return sum(self.warmed.values())
 
+    @property
+    def culprits(self) -> tuple[str, ...]:
+        """Ids of the workers that `lost` was called for; empty before, and if it was for the
+        tunnels."""
+        return self._group.culprits
+
     async def end(self, reason: str) -> None:
         """Give it all back, within `END_S`; `lost` is not called from now on. May be called
         again, and by several at once."""
@@ -161,6 +167,8 @@ class _Group:
         self._broken = asyncio.Event()
         self._reason = ""
         """What broke it first."""
+        self.culprits: tuple[str, ...] = ()
+        """Workers that broke it first; none if it was the tunnels."""
         self._lost: Callable[[str], None] | None = None
         self._ending = asyncio.Lock()
 
@@ -188,7 +196,7 @@ class _Group:
     def hand_over(self, endpoints: tuple[str, ...], lost: Callable[[str], None]) -> Borrowed:
         """Raises SplitFailed if it broke in the last moment."""
         if self._broken.is_set():
-            raise SplitFailed(self._reason)
+            raise SplitFailed(self._reason, workers=self.culprits)
         self._lost = lost
         return Borrowed(self, endpoints)
 
@@ -208,7 +216,7 @@ class _Group:
 
     async def _watch(self) -> None:
         await self._broken.wait()
-        raise SplitFailed(self._reason)
+        raise SplitFailed(self._reason, workers=self.culprits)
 
     async def _ask(self, tasks: asyncio.TaskGroup, connect: Connect) -> None:
         asked = [tasks.create_task(w.ask(connect), name="loans: ask") for w in self.workers]
@@ -217,24 +225,28 @@ class _Group:
                 for answer in asked:
                     await answer
         except TimeoutError:
-            silent = ", ".join(w.name for w in self.workers if not w.loan)
-            raise SplitFailed(f"no answer of {silent} within {ASK_S:.0f} s") from None
+            silent = [w for w in self.workers if not w.loan]
+            names = ", ".join(w.name for w in silent)
+            raise SplitFailed(
+                f"no answer of {names} within {ASK_S:.0f} s",
+                workers=tuple(w.part.node for w in silent),
+            ) from None
 
     async def _dig(self, open_tunnels: OpenTunnels) -> Tunnels:
         ends = [(w.part, w.loan) for w in self.workers]
         try:
             async with asyncio.timeout(TUNNELS_S):
-                return await open_tunnels(ends, self._broke)
+                return await open_tunnels(ends, lambda why: self._broke(SplitFailed(why)))
         except TimeoutError:
             raise SplitFailed(f"no tunnels to the workers within {TUNNELS_S:.0f} s") from None
 
-    def _broke(self, reason: str) -> None:
+    def _broke(self, error: SplitFailed) -> None:
         if self._broken.is_set():
             return
-        self._reason = reason
+        self._reason, self.culprits = error.message, error.workers
         self._broken.set()
         if self._lost is not None:
-            self._lost(reason)
+            self._lost(self._reason)
 
 
 class _Worker:
@@ -244,7 +256,7 @@ class _Worker:
         self,
         ask: LoanAsk,
         moved: Callable[[str], None],
-        broke: Callable[[str], None],
+        broke: Callable[[SplitFailed], None],
         pace: Pace,
     ) -> None:
         self.part = ask.part
@@ -319,7 +331,7 @@ class _Worker:
 
     def _over(self, reason: str) -> None:
         self.line.hang_up(End(reason=reason))
-        self._broke(self._failed(reason).message)
+        self._broke(self._failed(reason))
 
     def _failed(self, words: str) -> SplitFailed:
-        return SplitFailed(f"worker {self.name}: {words}")
+        return SplitFailed(f"worker {self.name}: {words}", workers=(self.part.node,))
