@@ -31,7 +31,6 @@ from meshd.runtime.hosting_events import (
     EngineNotFound,
     EngineReported,
     Event,
-    FindEngine,
     LoadAsked,
     LoadOptions,
     PrepareWeights,
@@ -80,7 +79,7 @@ class Rooms:
     find_engine: Callable[[], RuntimeRecord]
     prepare: Callable[[str, Callable[[Preparing], None]], Awaitable[WeightFacts]]
     """Make the weights of a REF usable: check, fetch, mend them, saying how far it is. Raises
-    MeshdError: `retryable` if the trouble passes by itself, `retry_after_s` when to try again.
+    MeshdError; its `retry_after_s` says before when trying again is in vain.
     Cancelling it leaves what was got for the next time."""
     identify: Callable[[str], tuple[ModelId, str]]
     """REF to the name clients use, and to the one way of writing that REF; raises BadReference."""
@@ -258,8 +257,6 @@ class ModelHost(Service):
                 task.add_done_callback(lambda _: self._preparing.pop(number, None))
             case AbandonWeights():
                 self._preparing[effect.preparation].cancel()
-            case FindEngine():
-                self.spawn(self._find_engine(), name="find engine")
             case StartEngine():
                 self._start(effect)
             case StopEngine():
@@ -278,16 +275,9 @@ class ModelHost(Service):
             facts = await self._rooms.prepare(effect.ref, moved)
         except MeshdError as error:
             log.warning("model %s cannot be loaded: %s", model, error.message)
-            self._post(
-                WeightsRejected(model, number, error.message, error.retryable, error.retry_after_s)
-            )
+            self._post(WeightsRejected(model, number, error.message, error.retry_after_s))
         else:
             self._post(WeightsAccepted(model, number, facts))
-
-    async def _find_engine(self) -> None:
-        if not await self._look_for_engine():
-            assert self.engine_problem is not None, "said when none was found"
-            self._post(EngineNotFound(self.engine_problem))
 
     async def _await_engine(self) -> None:
         while True:
@@ -303,6 +293,7 @@ class ModelHost(Service):
             if error.message != self.engine_problem:
                 log.warning("no engine: %s", error.message)
                 self.engine_problem = error.message
+                self._post(EngineNotFound(error.message))
                 self._rooms.changed()
             return False
         self._engine_found(record)

@@ -5,7 +5,7 @@ One entry a model, in one of the states of `ModelState`:
     ABSENT ──LoadAsked──> VERIFYING ──WeightsAccepted──> LOADING ──> READY
                           FETCHING                          │          │
                              │  ▲                           │          │
-              WeightsRejected│  │Tick, LoadAsked            │          │UnloadAsked
+              WeightsRejected│  │LoadAsked                  │          │UnloadAsked
                              ▼  │                           ▼          ▼
                             FAILED <───engine gave up─── (engine)   DRAINING ──> ABSENT
 
@@ -15,13 +15,10 @@ Rules, numbered as in the code:
    engine. Making them ready may mean fetching and mending them; what it is at is said meanwhile.
 2. A load of a model that is there is a retry if it failed, a restart if its options differ, and
    otherwise nothing. The same name with other weights is refused.
-3. Without an engine on this machine a verified model waits, with the reason; the engine is looked
-   for again every `ENGINE_RECHECK_S`.
-4. Weights that were refused are tried again when whoever refused them said so, or not before
-   somebody loads the model again: a file that was put back should need no command, and a hub that
-   said no should not be asked for ever. A trouble that passes by itself (the hub cannot be reached)
-   is waited for longer each time. The model is FAILED meanwhile: nothing is known to be better yet,
-   and whoever waits for it should know.
+3. Without an engine on this machine a verified model has FAILED, with the reason.
+4. So has one whose weights were refused; when to try again, if whoever refused them said so, is
+   kept for whoever tries. Nothing FAILED is tried again from here: the election does that, on this
+   node or on another one.
 5. An unload stops the engine after its requests; a load that comes meanwhile wins.
 6. Every load asked for is answered exactly once, accepted or refused, at once.
 7. Weights that nobody waits for any more are abandoned: a fetch ends with the wish for it.
@@ -29,7 +26,7 @@ Rules, numbered as in the code:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import assert_never
@@ -44,7 +41,6 @@ from meshd.runtime.hosting_events import (
     EngineNotFound,
     EngineReported,
     Event,
-    FindEngine,
     LoadAsked,
     LoadOptions,
     PrepareWeights,
@@ -58,10 +54,6 @@ from meshd.runtime.hosting_events import (
     WeightsRejected,
 )
 from meshd.view import ModelState, Preparing
-
-ENGINE_RECHECK_S = 15.0
-WEIGHTS_BACKOFF_S = (5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 300.0)
-"""Waits after troubles that pass, one after the other; the last one goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +71,12 @@ class Entry:
     """Number of the preparation that runs; answers to any other are of the past."""
     now: Preparing | None = None
     """How far that is, once it said so."""
-    setbacks: int = 0
-    """Passing troubles in a row."""
     engine: bool = False
     """An engine was started and has not reported ABSENT."""
     stopping: bool = False
     """Its stop was ordered: what it reports until ABSENT is of no more interest."""
     retry_at: float | None = None
+    """Of FAILED: trying earlier is known to be in vain, or unwelcome. Monotonic."""
 
 
 class Hosting:
@@ -95,19 +86,15 @@ class Hosting:
         self._restart_drain_s = restart_drain_s
         self._entries: dict[ModelId, Entry] = {}
         self._preparations = 0
-        self._engine_known = False
-        self._engine_reason = "looking for an engine on this machine"
-        self._engine_recheck_at: float | None = None
+        self._without_engine: str | None = "looking for an engine on this machine"
+        """Why nothing can run; None once an engine is known."""
 
     @property
     def entries(self) -> Mapping[ModelId, Entry]:
         return MappingProxyType(self._entries)
 
     def due(self) -> float | None:
-        times = [e.retry_at for e in self._entries.values() if e.retry_at is not None]
-        if self._engine_recheck_at is not None:
-            times.append(self._engine_recheck_at)
-        return min(times, default=None)
+        return None
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         match event:
@@ -122,14 +109,15 @@ class Hosting:
             case WeightsRejected():
                 return self._rejected(event, now)
             case EngineFound():
-                self._engine_known, self._engine_recheck_at = True, None
-                return self._for_each(self._launch)
+                self._without_engine = None
+                return []
             case EngineNotFound():
-                return self._no_engine(event.reason, now)
+                self._without_engine = event.reason
+                return []
             case EngineReported():
                 return self._reported(event)
             case Tick():
-                return self._tick(now)
+                return []
             case _:
                 assert_never(event)
 
@@ -145,7 +133,10 @@ class Hosting:
             return [RefuseLoad(event.ticket, reason)]
         accept = AcceptLoad(event.ticket)  # 6
         if entry is None:  # 1
-            return [accept, self._verify(Entry(event.model, event.ref, event.options, _VERIFYING))]
+            return [
+                accept,
+                self._verify(Entry(event.model, event.ref, event.options, ModelState.VERIFYING)),
+            ]
         if entry.engine and (not entry.wanted or entry.options != event.options):  # 2, 5
             stopping = replace(entry, wanted=True, options=event.options)
             return [accept, self._end(stopping, "restarting with other options")]
@@ -175,13 +166,10 @@ class Hosting:
     # -- weights ----------------------------------------------------------------------------------
 
     def _verify(self, entry: Entry) -> Effect:
-        self._put(replace(entry, setbacks=0), _VERIFYING, "checking the weights")
-        return self._prepare(self._entries[entry.model])
-
-    def _prepare(self, entry: Entry) -> Effect:
         self._preparations += 1
         number = self._preparations
-        self._entries[entry.model] = replace(entry, preparation=number, facts=None, retry_at=None)
+        begun = replace(entry, preparation=number, facts=None)
+        self._put(begun, ModelState.VERIFYING, "checking the weights")
         return PrepareWeights(entry.model, entry.ref, number)
 
     def _moved(self, event: WeightsMoved) -> list[Effect]:
@@ -194,45 +182,23 @@ class Hosting:
         entry = self._entries.get(event.model)
         if entry is None or entry.preparation != event.preparation:
             return []
-        ready = replace(entry, facts=event.facts, preparation=None, now=None, setbacks=0)
-        self._put(ready, _VERIFYING, None)
-        return self._launch(self._entries[event.model])
+        ready = replace(entry, facts=event.facts, preparation=None, now=None)
+        if self._without_engine is not None:  # 3
+            self._put(ready, ModelState.FAILED, self._without_engine)
+            return []
+        self._put(replace(ready, engine=True), ModelState.LOADING, "starting the engine")
+        return [StartEngine(entry.model, event.facts, entry.options)]
 
     def _rejected(self, event: WeightsRejected, now: float) -> list[Effect]:
         entry = self._entries.get(event.model)
         if entry is None or entry.preparation != event.preparation:
             return []
-        wait_s, setbacks = event.retry_after_s, 0
-        if event.passing:
-            setbacks = entry.setbacks + 1
-            last = len(WEIGHTS_BACKOFF_S) - 1
-            wait_s = max(wait_s or 0.0, WEIGHTS_BACKOFF_S[min(entry.setbacks, last)])
-        refused = replace(entry, preparation=None, now=None, setbacks=setbacks)
-        retry_at = None if wait_s is None else now + wait_s
+        refused = replace(entry, preparation=None, now=None)
+        retry_at = None if event.retry_after_s is None else now + event.retry_after_s
         self._put(refused, ModelState.FAILED, event.reason, retry_at=retry_at)  # 4
         return []
 
     # -- engines ----------------------------------------------------------------------------------
-
-    def _launch(self, entry: Entry) -> list[Effect]:
-        if entry.facts is None or entry.engine or entry.preparation is not None:
-            return []
-        if entry.state not in (_VERIFYING, _WAITING):
-            return []
-        if not self._engine_known:  # 3
-            self._put(entry, ModelState.WAITING, self._engine_reason)
-            return [FindEngine()] if self._engine_recheck_at is None else []
-        started = replace(entry, engine=True)
-        self._put(started, ModelState.LOADING, "starting the engine")
-        return [StartEngine(entry.model, entry.facts, entry.options)]
-
-    def _no_engine(self, reason: str, now: float) -> list[Effect]:
-        self._engine_known, self._engine_reason = False, reason
-        self._engine_recheck_at = now + ENGINE_RECHECK_S  # 3
-        for entry in tuple(self._entries.values()):
-            if entry.state is _WAITING and entry.preparation is None:
-                self._put(entry, _WAITING, reason)
-        return []
 
     def _reported(self, event: EngineReported) -> list[Effect]:
         entry = self._entries.get(event.model)
@@ -248,22 +214,6 @@ class Hosting:
         del self._entries[event.model]
         return []
 
-    # -- time -------------------------------------------------------------------------------------
-
-    def _tick(self, now: float) -> list[Effect]:
-        effects: list[Effect] = []
-        if self._engine_recheck_at is not None and self._engine_recheck_at <= now:
-            self._engine_recheck_at = None
-            effects.append(FindEngine())
-        overdue = [
-            e for e in self._entries.values() if e.retry_at is not None and e.retry_at <= now
-        ]
-        effects.extend(self._prepare(entry) for entry in overdue)  # 4
-        return effects
-
-    def _for_each(self, rule: Callable[[Entry], list[Effect]]) -> list[Effect]:
-        return [effect for entry in tuple(self._entries.values()) for effect in rule(entry)]
-
     def _put(
         self,
         entry: Entry,
@@ -273,7 +223,3 @@ class Hosting:
         retry_at: float | None = None,
     ) -> None:
         self._entries[entry.model] = replace(entry, state=state, reason=reason, retry_at=retry_at)
-
-
-_VERIFYING = ModelState.VERIFYING
-_WAITING = ModelState.WAITING

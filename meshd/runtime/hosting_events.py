@@ -79,19 +79,19 @@ class WeightsRejected:
     model: ModelId
     preparation: int
     reason: str
-    passing: bool = False
-    """The trouble is expected to go by itself."""
     retry_after_s: float | None = None
-    """When to try again; None: not by itself, or if it is passing, after the next back-off."""
+    """Not to be tried earlier; None if nothing is known of that."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineFound:
-    """The binary to run is known; comes again when another one is chosen."""
+    """The binary to run is known."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineNotFound:
+    """It was looked for; it will be again."""
+
     reason: str
 
 
@@ -149,11 +149,6 @@ class AbandonWeights:
 
 
 @dataclass(frozen=True, slots=True)
-class FindEngine:
-    """Ends in EngineFound or EngineNotFound."""
-
-
-@dataclass(frozen=True, slots=True)
 class StartEngine:
     model: ModelId
     facts: WeightFacts
@@ -168,12 +163,4 @@ class StopEngine:
     drain_s: float
 
 
-Effect = (
-    AcceptLoad
-    | RefuseLoad
-    | PrepareWeights
-    | AbandonWeights
-    | FindEngine
-    | StartEngine
-    | StopEngine
-)
+Effect = AcceptLoad | RefuseLoad | PrepareWeights | AbandonWeights | StartEngine | StopEngine

@@ -77,6 +77,10 @@ class House:
         assert self.view is not None
         return self.view
 
+    async def start(self) -> None:
+        """Return when it has found its engine: no model is given to a node before."""
+        await wait_for(lambda: self.host.engine_problem is None, "the engine")
+
     async def stop(self) -> None:
         self.host.stopping.set()
         async with asyncio.timeout(self.host.stop_limit_s):

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from meshd.ids import ModelId, NodeId
 from meshd.kernel.machine import Tick
-from meshd.runtime.hosting import ENGINE_RECHECK_S, WEIGHTS_BACKOFF_S, Hosting
+from meshd.runtime.hosting import Hosting
 from meshd.runtime.hosting_events import (
     AbandonWeights,
     AcceptLoad,
@@ -18,7 +18,6 @@ from meshd.runtime.hosting_events import (
     EngineFound,
     EngineNotFound,
     EngineReported,
-    FindEngine,
     LoadAsked,
     LoadOptions,
     PrepareWeights,
@@ -36,7 +35,6 @@ from meshd.view import FetchView, ModelState, Part, Preparing, SplitPlan
 M = ModelId("m")
 REF = "/models/m.gguf"
 FACTS = WeightFacts(REF, 5_000_000, 4096, ("completion",), None, 0)
-WAITING = ModelState.WAITING
 FETCHING = Preparing(
     ModelState.FETCHING, "fetching 1 of 4 GB", 0.25, FetchView(10**9, 4 * 10**9, 1e8, 30.0)
 )
@@ -84,86 +82,41 @@ def test_an_answer_of_an_earlier_preparation_is_of_the_past(hosting: Hosting) ->
     assert state(hosting) is ModelState.VERIFYING
 
 
-def test_without_an_engine_the_model_waits_and_says_why(hosting: Hosting) -> None:
+def test_without_an_engine_a_model_has_failed_and_says_why(hosting: Hosting) -> None:
     hosting.handle(LoadAsked(1, M, REF), 0.0)
-    assert hosting.handle(WeightsAccepted(M, 1, FACTS), 0.0) == [FindEngine()]
-    assert state(hosting) is ModelState.WAITING
-    assert hosting.handle(EngineNotFound("build one"), 1.0) == []
-    assert hosting.entries[M].reason == "build one"
-    assert hosting.due() == 1.0 + ENGINE_RECHECK_S
-    assert hosting.handle(Tick(), 1.0 + ENGINE_RECHECK_S) == [FindEngine()]
-    assert hosting.due() is None
-    assert hosting.handle(EngineFound(), 20.0) == [StartEngine(M, FACTS, LoadOptions())]
-
-
-def test_a_second_waiting_model_does_not_look_for_the_engine_again(hosting: Hosting) -> None:
-    other = ModelId("other")
-    hosting.handle(EngineNotFound("build one"), 0.0)
-    hosting.handle(LoadAsked(1, other, "/o.gguf"), 0.0)
-    assert hosting.handle(WeightsAccepted(other, 1, FACTS), 0.0) == []
-    assert hosting.entries[other].state is ModelState.WAITING
-
-
-def test_refused_weights_fail_and_are_looked_at_again(hosting: Hosting) -> None:
-    hosting.handle(EngineFound(), 0.0)
-    hosting.handle(LoadAsked(1, M, REF), 0.0)
-    hosting.handle(WeightsRejected(M, 1, "shard 3 is missing", retry_after_s=30.0), 10.0)
-    assert (state(hosting), hosting.entries[M].reason) == (ModelState.FAILED, "shard 3 is missing")
-    assert hosting.due() == 40.0
-    assert hosting.handle(Tick(), 39.0) == []
-    assert hosting.handle(Tick(), 40.0) == [PrepareWeights(M, REF, 2)]
+    assert hosting.handle(WeightsAccepted(M, 1, FACTS), 0.0) == []
     assert state(hosting) is ModelState.FAILED
-    assert hosting.due() is None
-    hosting.handle(WeightsRejected(M, 2, "still missing", retry_after_s=30.0), 41.0)
-    assert hosting.entries[M].reason == "still missing"
-    hosting.handle(Tick(), 71.0)
-    assert hosting.handle(WeightsAccepted(M, 3, FACTS), 72.0) == [
+    assert hosting.entries[M].reason == "looking for an engine on this machine"
+    assert hosting.handle(EngineNotFound("build one"), 1.0) == []
+    assert hosting.handle(LoadAsked(2, M, REF), 2.0) == [AcceptLoad(2), PrepareWeights(M, REF, 2)]
+    hosting.handle(WeightsAccepted(M, 2, FACTS), 2.0)
+    assert (state(hosting), hosting.entries[M].reason) == (ModelState.FAILED, "build one")
+    assert hosting.handle(EngineFound(), 3.0) == []
+    assert hosting.handle(LoadAsked(3, M, REF), 4.0) == [AcceptLoad(3), PrepareWeights(M, REF, 3)]
+    assert hosting.handle(WeightsAccepted(M, 3, FACTS), 4.0) == [
         StartEngine(M, FACTS, LoadOptions())
     ]
 
 
-def test_weights_refused_for_good_wait_for_a_command(hosting: Hosting) -> None:
-    hosting.handle(LoadAsked(1, M, REF), 0.0)
-    hosting.handle(WeightsRejected(M, 1, "no such repository"), 1.0)
-    assert state(hosting) is ModelState.FAILED
-    assert hosting.due() is None
-    assert hosting.handle(LoadAsked(2, M, REF), 9.0) == [AcceptLoad(2), PrepareWeights(M, REF, 2)]
-
-
-def test_a_trouble_that_passes_is_waited_for_longer_each_time(hosting: Hosting) -> None:
+def test_refused_weights_fail_and_are_looked_at_again_by_a_load(hosting: Hosting) -> None:
     hosting.handle(EngineFound(), 0.0)
     hosting.handle(LoadAsked(1, M, REF), 0.0)
-    now, waits = 0.0, []
-    for attempt in range(1, len(WEIGHTS_BACKOFF_S) + 2):
-        rejected = WeightsRejected(M, attempt, "the hub is ill", passing=True)
-        assert hosting.handle(rejected, now) == []
-        assert hosting.entries[M].reason == "the hub is ill"
-        assert state(hosting) is ModelState.FAILED
-        due = hosting.due()
-        assert due is not None
-        waits.append(due - now)
-        now = due
-        assert hosting.handle(Tick(), now) == [PrepareWeights(M, REF, attempt + 1)]
-    assert waits == [*WEIGHTS_BACKOFF_S, WEIGHTS_BACKOFF_S[-1]]
-    hosting.handle(WeightsAccepted(M, len(waits) + 1, FACTS), now)
-    assert hosting.entries[M].setbacks == 0
+    assert hosting.handle(WeightsRejected(M, 1, "shard 3 is missing", 30.0), 10.0) == []
+    entry = hosting.entries[M]
+    assert (entry.state, entry.reason) == (ModelState.FAILED, "shard 3 is missing")
+    assert entry.retry_at == 40.0
+    assert hosting.due() is None
+    assert hosting.handle(Tick(), 40.0) == []
+    assert hosting.handle(LoadAsked(2, M, REF), 41.0) == [AcceptLoad(2), PrepareWeights(M, REF, 2)]
+    assert state(hosting) is ModelState.VERIFYING
+    assert hosting.entries[M].retry_at is None
+    hosting.handle(WeightsRejected(M, 2, "still missing"), 42.0)
+    assert (hosting.entries[M].reason, hosting.entries[M].retry_at) == ("still missing", None)
 
 
-def test_a_hub_that_names_the_time_is_given_it(hosting: Hosting) -> None:
+def test_neither_engine_nor_its_lack_touches_refused_weights(hosting: Hosting) -> None:
     hosting.handle(LoadAsked(1, M, REF), 0.0)
-    hosting.handle(WeightsRejected(M, 1, "slower", passing=True, retry_after_s=90.0), 0.0)
-    assert hosting.due() == 90.0
-
-
-def test_a_load_does_not_wait_for_the_back_off(hosting: Hosting) -> None:
-    hosting.handle(LoadAsked(1, M, REF), 0.0)
-    hosting.handle(WeightsRejected(M, 1, "the hub is ill", passing=True), 0.0)
-    assert hosting.handle(LoadAsked(2, M, REF), 1.0) == [AcceptLoad(2), PrepareWeights(M, REF, 2)]
-
-
-def test_neither_engine_nor_its_lack_touches_weights_that_wait(hosting: Hosting) -> None:
-    hosting.handle(LoadAsked(1, M, REF), 0.0)
-    hosting.handle(WeightsRejected(M, 1, "the hub is ill", passing=True), 0.0)
+    hosting.handle(WeightsRejected(M, 1, "the hub is ill"), 0.0)
     assert hosting.handle(EngineNotFound("build one"), 1.0) == []
     assert hosting.entries[M].reason == "the hub is ill"
     assert hosting.handle(EngineFound(), 2.0) == []
@@ -252,7 +205,7 @@ def test_unload_stops_the_engine_and_forgets(hosting: Hosting) -> None:
 def test_unload_before_an_engine_forgets_at_once(hosting: Hosting) -> None:
     hosting.handle(LoadAsked(1, M, REF), 0.0)
     hosting.handle(WeightsAccepted(M, 1, FACTS), 0.0)
-    assert state(hosting) is WAITING
+    assert state(hosting) is ModelState.FAILED
     assert hosting.handle(UnloadAsked(M, 9.0), 0.0) == []
     assert dict(hosting.entries) == {}
     assert hosting.handle(UnloadAsked(M, 9.0), 0.0) == []
@@ -336,7 +289,7 @@ class HostingRules(RuleBasedStateMachine):
     def unload(self, model: ModelId) -> None:
         self.post(self.machine.handle(UnloadAsked(model, 1.0), self.now))
 
-    @rule(data=st.data(), end=st.sampled_from(["good", "bad", "passing", "not yet"]))
+    @rule(data=st.data(), end=st.sampled_from(["good", "bad", "not yet"]))
     def prepared(self, data: st.DataObject, end: str) -> None:
         if not self.preparations:
             return
@@ -350,7 +303,7 @@ class HostingRules(RuleBasedStateMachine):
             self.post(self.machine.handle(WeightsAccepted(i.model, i.preparation, facts), self.now))
         else:
             wait_s = data.draw(st.sampled_from([None, 30.0]))
-            rejected = WeightsRejected(i.model, i.preparation, "no", end == "passing", wait_s)
+            rejected = WeightsRejected(i.model, i.preparation, "no", wait_s)
             self.post(self.machine.handle(rejected, self.now))
 
     @rule(found=st.booleans())

@@ -30,7 +30,7 @@ async def lender() -> FakeLender:
 @pytest.fixture
 async def house(short_dir: Path, lender: FakeLender) -> AsyncIterator[House]:
     house = House(short_dir, lender=lender)
-    await house.host.ready.wait()
+    await house.start()
     yield house
     await house.stop()
 
@@ -128,7 +128,7 @@ async def test_a_stop_of_the_node_gives_back(
 
 async def test_a_node_that_borrows_nothing_says_so(short_dir: Path) -> None:
     house = House(short_dir)
-    await house.host.ready.wait()
+    await house.start()
     house.host.load("m.gguf", SPLIT)
     failed = await house.until(ModelState.FAILED)
     assert failed.reason == "m needs memory of other nodes, and this node borrows none"
