@@ -101,7 +101,6 @@ class Tunneling:
 
     def _admitted(self, port: _Port, connection: socket.socket) -> bool:
         if not is_ours(connection):
-            log.warning("a tunnel to node %s was closed to another user", port.end.name)
             with self._lock:
                 self._strangers += 1
             return False

@@ -180,7 +180,9 @@ class Tunnels:
             case Listening(ports=ports) if len(ports) == len(self._ends) and not self._ports.done():
                 self._ports.set_result(ports)
             case Carried(bytes=carried) if len(carried) == len(self._ends):
-                self.strangers += news.strangers
+                if news.strangers:  # at most one line for each report, however many try
+                    self.strangers += news.strangers
+                    log.warning("%d tunnels were refused to other users here", news.strangers)
                 for end, (received, sent) in zip(self._ends, carried, strict=True):
                     if received or sent:
                         self._counted(end.node_id, received, sent)

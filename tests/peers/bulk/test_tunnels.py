@@ -178,7 +178,7 @@ async def test_what_is_said_comes_back(host: Host) -> None:
     assert host.reasons == []
 
 
-@pytest.mark.parametrize("megabytes", [1, 64])
+@pytest.mark.parametrize("megabytes", [1, pytest.param(64, marks=pytest.mark.slow)])
 async def test_much_comes_back_intact_while_more_is_sent(host: Host, megabytes: int) -> None:
     data = random.Random(megabytes).randbytes(megabytes << 20)
     got, found = hashlib.sha256(), 0
@@ -199,15 +199,13 @@ async def test_much_comes_back_intact_while_more_is_sent(host: Host, megabytes: 
     assert got.digest() == hashlib.sha256(data).digest()
 
 
-async def test_the_end_of_the_rpc_server_is_the_engines(host: Host) -> None:
-    async with connected(await host.open()) as connection:
+async def test_the_end_of_either_side_is_that_of_the_other(host: Host) -> None:
+    tunnels = await host.open()
+    async with connected(tunnels) as connection:
         assert await said(connection, b"x") == b"x"
         connection[1].write(b"end")
         assert await ended(connection)
-
-
-async def test_the_end_of_the_engine_is_the_rpc_servers(host: Host) -> None:
-    tunnels = await host.open()
+    await until(lambda: host.a.session.bulk.streams == 0, "the worker's end")
     async with connected(tunnels) as connection:
         assert await said(connection, b"x") == b"x"
         assert host.a.session.bulk.streams == 1
@@ -243,11 +241,8 @@ async def refused(host: Host, end: TunnelEnd) -> str:
     return tunnels.refusal(end.node_id) or ""
 
 
-async def test_another_loan_is_refused_with_the_workers_words(host: Host) -> None:
+async def test_what_cannot_be_had_is_refused_with_the_workers_words(host: Host) -> None:
     assert await refused(host, host.end("loan-b")) == "no such loan is yours"
-
-
-async def test_an_rpc_server_that_is_gone_is_told(host: Host) -> None:
     words = await refused(host, host.end("loan-gone"))
     assert "RPC server of this loan does not answer" in words
 
