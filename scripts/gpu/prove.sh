@@ -13,15 +13,4 @@
 set -eu
 
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
-WORK=${WORK:-$root/.prove}
-mkdir -p "$WORK"
-venv=$WORK/venv
-if ! "$venv/bin/python" -c 'import aiohttp' 2>/dev/null; then
-  "$(sh "$root/scripts/find-python.sh")" -m venv --clear "$venv"
-  if [ -n "${WHEELS:-}" ]; then
-    "$venv/bin/python" -m pip install --quiet --no-index --no-deps "$WHEELS"/*.whl
-  else
-    "$venv/bin/python" -m pip install --quiet --require-hashes -r "$root/requirements.lock"
-  fi
-fi
-PYTHONPATH=$root WORK=$WORK exec "$venv/bin/python" "$root/scripts/gpu/prove.py"
+WORK=${WORK:-$root/.prove} exec sh "$root/scripts/gpu/with-venv.sh" prove.py

@@ -1,0 +1,227 @@
+"""The steps of split.sh: one finding each, printed as a table at the end."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import psutil
+from prove import WORK, Lab
+from split_nodes import SplitNode
+
+from bench.chats import greedy
+from tests.models import WIDE, Wide, write_wide
+
+PROMPT_TOKENS, TOKENS, TIMES = 512, 128, 5
+END_LIMIT_S = 10.0
+"""For what has to end with something else."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    shape: Wide
+    room: str
+    """`--max-vram` of each of two nodes: less than the model, more than half of it."""
+    context: int
+    environ: tuple[dict[str, str], dict[str, str]]
+    """Of the two nodes."""
+
+
+BACKENDS = {
+    "cuda": Backend(
+        "cuda",
+        Wide(layers=32, width=4096, feed_forward=11008, heads=32),
+        "10GiB",
+        4096,
+        ({"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}),
+    ),
+    # Threads of two engines that wait for each other would hold both up on few cores.
+    "cpu": Backend("cpu", WIDE, "450MiB", 2048, ({"MESHD_ENGINE__THREADS": "1"},) * 2),
+}
+
+
+@dataclass(frozen=True)
+class Speed:
+    prompt: float
+    generated: float
+    """Tokens a second, medians of `TIMES`."""
+    text: tuple[int, ...]
+    """The first answer."""
+
+    def __str__(self) -> str:
+        return f"prompt {self.prompt:.0f} tok/s, generation {self.generated:.1f} tok/s"
+
+
+def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # nodes are stopped on that way, too
+    lab = Lab()
+    backend = BACKENDS[os.environ.get("SPLIT_BACKEND", "cuda")]
+    machine(lab, backend)
+    directory = os.environ.get("RUNTIME_DIR") or lab.build(backend.name)["directory"]
+    model = generated(lab, backend)
+    nodes = [
+        SplitNode(lab, name, number, model, directory, **environ)
+        for number, (name, environ) in enumerate(zip("ab", backend.environ, strict=True))
+    ]
+    lone = SplitNode(lab, "lone", 2, model, directory, **backend.environ[0])
+    for node in (lone, *nodes):
+        shutil.rmtree(node.data_dir, ignore_errors=True)
+    try:
+        solo = alone(lab, backend, lone)
+        host, worker = nodes
+        split(lab, backend, host, worker, solo)
+        worker_killed(lab, backend, host, worker)
+    finally:
+        for node in (lone, *nodes):
+            node.stop()
+    print("\n" + lab.table())
+    return 0 if all(finding.good for finding in lab.findings) else 1
+
+
+def machine(lab: Lab, backend: Backend) -> None:
+    if backend.name == "cpu":
+        lab.note("machine", True, f"no GPU asked for, {os.cpu_count()} cores")
+        return
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    seen = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+    lab.note("two GPUs", len(seen) >= 2, "; ".join(seen))
+    if len(seen) < 2:
+        raise SystemExit(lab.table())
+
+
+def generated(lab: Lab, backend: Backend) -> Path:
+    shape = backend.shape
+    path = WORK / f"split-{shape.layers}x{shape.width}-F16.gguf"
+    began = time.monotonic()
+    if not path.exists():
+        write_wide(path.with_suffix(".partial"), shape).replace(path)
+    size = path.stat().st_size
+    took = time.monotonic() - began
+    lab.note("generated model", True, f"{size / 1e9:.2f} GB, {shape.layers} layers, {took:.0f} s")
+    return path
+
+
+def alone(lab: Lab, backend: Backend, node: SplitNode) -> Speed:
+    """One node that may use all the memory there is."""
+    node.start("--mesh", "lone")
+    first = node.load(context=backend.context)
+    speed = speed_of(node)
+    lab.note("one node", node.plan().get("kind") == "solo", str(speed))
+    node.unload()
+    again = node.load(context=backend.context)
+    lab.note("one node: load", True, f"{first:.1f} s the first time, {again:.1f} s again")
+    node.stop()
+    return speed
+
+
+def split(lab: Lab, backend: Backend, host: SplitNode, worker: SplitNode, solo: Speed) -> None:
+    """Two nodes, neither of which may use enough."""
+    host.start("--mesh", "split", "--max-vram", backend.room)
+    worker.start("--join", host.invite(), "--max-vram", backend.room)
+    host.wait(lambda: host.sees(worker.name), "it sees the other node")
+    size = backend.shape.parameters * 2
+    for what in ("first", "second"):
+        if host.model():
+            host.unload()
+        before = host.tunnel_bytes()
+        seconds = host.load(context=backend.context, host=host.name)
+        percent = 100 * (host.tunnel_bytes() - before) / size
+        seen = f"{seconds:.1f} s, {percent:.2f} % of the weights through tunnels"
+        lab.note(f"two nodes: {what} load", what == "first" or percent < 1, seen)
+    plan = host.plan()
+    workers = plan.get("workers", [])
+    told = ", ".join(f"{w['node']} {w['share']:.0%}, {w['bytes'] / 1e9:.2f} GB" for w in workers)
+    names = [w["node"] for w in workers]
+    lab.note("two nodes: plan", names == [worker.name], f"{plan.get('kind')}: {told or 'nobody'}")
+    speed = speed_of(host)
+    same = next(
+        (n for n, (a, b) in enumerate(zip(speed.text, solo.text, strict=True)) if a != b), TOKENS
+    )
+    lab.note(
+        "two nodes",
+        same > 0,
+        f"{speed}; {speed.prompt / solo.prompt:.2f} and {speed.generated / solo.generated:.2f} "
+        f"of one node; the same text for {same} of {TOKENS} tokens",
+    )
+    devices(lab, backend, host, worker)
+
+
+def devices(lab: Lab, backend: Backend, host: SplitNode, worker: SplitNode) -> None:
+    """Each node's process has memory of a GPU of its own."""
+    pids = [*host.running("llama-server"), *worker.running("rpc-server")]
+    if backend.name == "cpu":
+        sizes = [f"{pid}: {psutil.Process(pid).memory_info().rss >> 20} MiB" for pid in pids]
+        lab.note("processes", len(pids) == 2, ", ".join(sizes))
+        return
+    query = ["nvidia-smi", "--query-compute-apps=pid,gpu_uuid,used_memory"]
+    out = subprocess.run([*query, "--format=csv,noheader"], capture_output=True, text=True).stdout
+    rows = [[cell.strip() for cell in line.split(",")] for line in out.strip().splitlines()]
+    ours = [row for row in rows if row[0].isdigit() and int(row[0]) in pids]
+    lab.note(
+        "both GPUs in the driver's list",
+        len(ours) == len({row[1] for row in ours}) == len({row[0] for row in ours}) == 2,
+        f"llama-server and rpc-server are {pids}; {'; '.join(', '.join(r) for r in rows)}",
+    )
+
+
+def worker_killed(lab: Lab, backend: Backend, host: SplitNode, worker: SplitNode) -> None:
+    """First what the worker runs, then the worker: nothing is left of either, and it comes back."""
+    (pid,) = worker.running("rpc-server")
+    psutil.Process(pid).kill()
+    killed_at = time.monotonic()
+    ended_s = host.wait(lambda: host.chat()[0] != 200, "it notices") - killed_at
+    back_s = host.wait(lambda: host.chat()[0] == 200, "it serves again") - killed_at
+    lab.note(
+        "kill -9 of the rpc-server",
+        len(worker.running("rpc-server")) == 1,
+        f"refused after {ended_s:.2f} s, served again after {back_s:.2f} s",
+    )
+    left = [psutil.Process(pid) for pid in worker.running("rpc-server")]
+    engines = [psutil.Process(pid) for pid in host.running("llama-server")]
+    killed_at = worker.kill()
+    ended_s = host.wait(lambda: host.chat()[0] != 200, "it notices") - killed_at
+    refusal = host.chat()
+    _, alive = psutil.wait_procs([*left, *engines], timeout=END_LIMIT_S)
+    lab.note(
+        "kill -9 of the worker",
+        refusal[0] == 503 and not alive,
+        f"refused after {ended_s:.2f} s ({refusal[0]} {refusal[1]}); of its rpc-server and the "
+        f"host's llama-server {len(alive)} live on",
+    )
+    host.wait(lambda: host.model().get("state") == "waiting", "it says what is missing")
+    lab.note("without it", bool(host.model()["reason"]), str(host.model()["reason"])[:300])
+    began = worker.start("--max-vram", backend.room)
+    back_s = host.wait(lambda: host.chat()[0] == 200, "it serves again") - began
+    lab.note("the worker comes back", True, f"served again {back_s:.2f} s after its start")
+
+
+def speed_of(node: SplitNode) -> Speed:
+    """By the engine's own account, after an answer that does not count."""
+    where = node.engine_socket()
+    prompts = random.Random(7)
+    answers = []
+    for _ in range(TIMES + 1):
+        prompt = [prompts.randint(3, 353) for _ in range(PROMPT_TOKENS)]
+        answer = greedy(where, prompt, TOKENS)
+        if answer is None:
+            raise SystemExit(f"{node.name}: its engine does not answer")
+        answers.append(answer)
+    timings = [answer["timings"] for answer in answers[1:]]
+    return Speed(
+        median(t["prompt_per_second"] for t in timings),
+        median(t["predicted_per_second"] for t in timings),
+        tuple(answers[0]["tokens"]),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
