@@ -34,8 +34,8 @@ NEEDED_FLAGS = (
         "--cache-ram",
     ),
 )
-"""All that `launch.server_argv` may say. Features are probed, never assumed: an engine without one
-of these is too old."""
+"""All that `launch.server_argv` may say of a model on one machine. Features are probed, never
+assumed: an engine without one of these is too old."""
 
 _LIBRARY = re.compile(r"\.(so|dylib)(\.|$)")
 _SYSTEM_PREFIXES = ("", "usr", "local")

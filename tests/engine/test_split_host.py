@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -89,14 +90,14 @@ def engines() -> list[int]:
     return [child.pid for child in children if child.name() == "llama-server"]
 
 
-async def answer(house: House) -> str:
-    """Greedy, of eight tokens."""
+async def answer(house: House, tokens: int = 8) -> str | None:
+    """Greedy; None if none came."""
     assert house.view is not None
-    asked = {"prompt": "1 2 3", "n_predict": 8, "temperature": 0.0, "cache_prompt": False}
-    found = await prober._ask(
-        house.view.targets[0].socket_path, "POST", "/completion", json.dumps(asked).encode(), 20.0
-    )
-    assert found is not None
+    path = house.view.targets[0].socket_path
+    asked = {"prompt": "1 2 3", "n_predict": tokens, "temperature": 0.0, "ignore_eos": True}
+    found = await prober._ask(path, "POST", "/completion", json.dumps(asked).encode(), 20.0)
+    if found is None:
+        return None
     assert found.status == 200
     return str(found.json()["content"])
 
@@ -110,6 +111,7 @@ async def test_a_split_model_answers_as_it_does_alone(house: House) -> None:
     assert taken is not None
     assert set(taken.devices) == {"CPU"}
     split = await answer(house)
+    assert split
     house.host.unload("m", 5.0)
     await wait_for(lambda: house.view is None, "gone")
     house.host.load("m.gguf", LoadOptions(context=512, parallel=1))
@@ -122,7 +124,7 @@ async def test_layers_lie_where_the_plan_says(
 ) -> None:
     house.host.load("m.gguf", SPLIT)
     await house.until(ModelState.READY)
-    log = next((short_dir / "logs").glob("m.log")).read_text()
+    log = (short_dir / "logs" / "m.log").read_text()
     for endpoint in lender.endpoints:
         assert f"RPC0[{endpoint}] KV buffer size" in log
     assert "offloaded 3/3 layers" in log
@@ -130,19 +132,30 @@ async def test_layers_lie_where_the_plan_says(
     assert order == sorted(order)
 
 
-async def test_the_end_of_an_rpc_server_ends_all(
-    house: House, lender: FakeLender, servers: list[RpcServer]
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+async def test_the_loss_of_an_rpc_server_ends_all(
+    house: House,
+    lender: FakeLender,
+    servers: list[RpcServer],
+    short_dir: Path,
+    how: signal.Signals,
 ) -> None:
+    """One that says nothing any more leaves the engine hanging in a read."""
     house.host.load("m.gguf", SPLIT)
     await house.until(ModelState.READY)
     (engine,) = engines()
-    os.kill(servers[1].process.pid, signal.SIGKILL)
+    os.kill(servers[1].process.pid, how)
+    log = short_dir / "logs" / "m.log"
+    lines = log.read_text().count("processing task")
+    asking = asyncio.create_task(answer(house))
+    await wait_for(lambda: log.read_text().count("processing task") > lines, "its work")
     began = time.monotonic()
     lender.lost(LOST)
     failed = await house.until(ModelState.FAILED)
     assert (failed.reason, failed.targets) == (LOST, ())
     await wait_for(lambda: not psutil.pid_exists(engine), "the end of the engine")
     await wait_for(lambda: lender.ended, "giving back")
+    assert await asking is None
     assert time.monotonic() - began < 2.0
     house.host.unload("m", 0.0)
     await wait_for(lambda: house.view is None, "gone")
@@ -155,10 +168,7 @@ async def test_an_engine_that_aborts_first_is_told_by_its_lost_worker(
     house.host.load("m.gguf", SPLIT)
     await house.until(ModelState.READY)
     servers[1].end()
-    assert house.view is not None
-    asked = b'{"prompt": "1", "n_predict": 1}'
-    path = house.view.targets[0].socket_path
-    assert await prober._ask(path, "POST", "/completion", asked, 20.0) is None
+    assert await answer(house, tokens=1) is None
     aborted = await house.until(ModelState.LOADING)
     assert (aborted.reason, aborted.targets) == ("a worker's rpc-server went away", ())
     lender.lost(LOST)
