@@ -103,8 +103,7 @@ class SplitNodes:
     def forget_tensors(self) -> None:
         """What the lenders have kept of tensors."""
         for name in LENDERS:
-            for directory in self._cache_of(name).rglob("tensors"):
-                shutil.rmtree(directory)
+            shutil.rmtree(self._nodes[name].data_dir / "tensors", ignore_errors=True)
 
     def _load(self, node: Node, wishes: dict[str, Any]) -> float:
         wishes |= {"ref": str(self._weights), "context": CONTEXT, "parallel": 1}
@@ -152,7 +151,7 @@ class SplitNodes:
         """Names of those that lend, as the owner tells."""
         hosts = (self._model(self._owner) or {}).get("hosts", [])
         plans = [host["plan"] for host in hosts if host["node"] == OWNER]
-        return [worker["node"] for plan in plans for worker in plan.get("workers", ())]
+        return [w["node"] for p in plans if p["kind"] == "split" for w in p["workers"]]
 
     def _cache_of(self, name: str) -> Path:
         return self._work / f"{name}-cache"
