@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 from meshd.election.appraisal import Appraiser
 from meshd.election.demand import Demand
@@ -16,7 +17,7 @@ from meshd.election.memory import Memory, untried
 from meshd.election.needs import Needs
 from meshd.election.offering import SWAP_IDLE_S, NodeFacts, Use, barred, offers
 from meshd.election.shapes import Shapes
-from meshd.election.splitting import Candidate, choose_workers
+from meshd.election.splitting import Candidate, choose_workers, unsplittable
 from meshd.election.words import Offer
 from meshd.errors import MeshdError
 from meshd.ids import ModelId
@@ -200,13 +201,16 @@ class Bidding:
         needed = self._appraiser.corrected(deployment, digest, engine)
         if needed is None:
             return None
-        return choose_workers(
+        found = choose_workers(
             needed,
             self._memory.budgets,
             free,
             self._lenders,
             rpc_protocol=self._rpc_protocol,
         )
+        if found.fits:
+            return found
+        return replace(found, words=unsplittable(found, self._lenders))
 
     def _look_at_lenders(self, view: View) -> None:
         self._lenders = candidates(view, self._needs.avoided(), self._needs.bytes_per_s())

@@ -29,6 +29,7 @@ from meshd.election.fit.splitting import SplitFit
 from meshd.election.ledger import Holder
 from meshd.election.words import Offer
 from meshd.ids import ModelId
+from meshd.sizes import format_size
 from meshd.view import Bid, Deployment, Suits
 
 SWAP_IDLE_S: Final = 60.0
@@ -207,11 +208,12 @@ def _not_fitting(
     beside = "; not even if everything that is unused here slept" if candidates else ""
     free = coarse(max(0, found.needed - found.missing))
     reason = found.words + beside
-    lent = NOBODY_LENDS if split is None else split.words
     if found.fits:
-        reason = lent
+        reason = NOBODY_LENDS if split is None else split.words
     elif split is not None:
-        reason = f"{reason}; {lent}"
+        # Short: both are of interest, and reasons are cut on their way.
+        here = f"needs {format_size(found.needed)}, {format_size(free)} free here"
+        reason = f"{here}{beside}; {split.words}"
     return Offer(replace(bid, reason=reason, needs_bytes=found.needed, free_bytes=free))
 
 

@@ -81,7 +81,7 @@ class Lending(Service):
         self._rng = rng
         self._pool = pool
         self._caches = TensorCaches(
-            config.cache_dir / "tensors", parse_size(config.engine.tensor_cache)
+            config.data_dir / "tensors", parse_size(config.engine.tensor_cache)
         )
         self._held: dict[LoanId, _Held] = {}
         self._leaving: set[asyncio.Task[None]] = set()

@@ -14,6 +14,7 @@ from pathlib import Path
 from meshd.config import environment_of_children
 from meshd.errors import EngineRejected
 from meshd.runtime.devices import engine_list
+from meshd.runtime.lending.asking import ask_protocol
 from meshd.runtime.record import Binary, BuildFacts, RuntimeRecord
 
 SERVER = "llama-server"
@@ -58,7 +59,9 @@ def probe(
     rpc_protocol: str | None = None,
     limit_s: float = ANSWER_LIMIT_S,
 ) -> RuntimeRecord:
-    """Run and hash what is in `directory`. Blocking: usually 0.1 s, at most three times `limit_s`.
+    """Run and hash what is in `directory`. Blocking: usually 0.1 s, at most three times `limit_s`,
+    and another 5 s if its RPC server does not answer. `rpc_protocol`: where it is known; else it is
+    asked.
 
     Raises EngineRejected, saying what is missing or wrong.
     """
@@ -77,6 +80,9 @@ def probe(
         binaries = tuple(_binary(path) for path in engine_files(directory))
     except OSError as error:
         raise EngineRejected(f"{error.filename} cannot be read: {error.strerror}") from None
+    if rpc_protocol is None:
+        servers = [path for path in engine_files(directory) if path.name in RPC_SERVERS]
+        rpc_protocol = ask_protocol(servers[0]) if servers else None
     return RuntimeRecord(
         id=runtime_id or f"adopted-{binaries[0].sha256[:8]}",
         directory=str(directory),
