@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from meshd.errors import NoMesh, PeerUnreachable, SplitFailed
-from meshd.ids import LoanId, ModelId, NodeId
+from meshd.ids import LoanId, NodeId
 from meshd.kernel import Board, Clock
 from meshd.runtime.process import guarded
 from meshd.view import Part, View
@@ -40,7 +40,6 @@ class Borrowing:
         self._clock = clock
         self._avoided: dict[NodeId, float] = {}
         """Until when."""
-        self._lost: set[ModelId] = set()
         self._fastest: dict[NodeId, float] = {}
         """Bytes per second of the busiest second of a tunnel."""
         self._carried: Counter[tuple[NodeId, str]] = Counter()
@@ -53,12 +52,11 @@ class Borrowing:
         from meshd.runtime.lending.rpc_client import probe
 
         runtime, model = self._board.current.runtime, order.model
-        self._lost.discard(model)
         if runtime is None or runtime.rpc_protocol is None:
             raise NoMesh(f"the engine of this node has no RPC: {model} cannot be split here")
 
         def unit_lost(reason: str) -> None:
-            self._note(model, borrowed.culprits)
+            self._avoid(borrowed.culprits)
             lost(reason)
 
         try:
@@ -73,13 +71,9 @@ class Borrowing:
                 moved=moved,
             )
         except SplitFailed as error:
-            self._note(model, error.workers)
+            self._avoid(error.workers)
             raise
         return borrowed
-
-    def worker_lost(self, model: ModelId) -> bool:
-        """Whether what this node hosts under that name failed for want of a worker."""
-        return model in self._lost
 
     def avoided(self) -> Collection[NodeId]:
         now = self._clock.now()
@@ -95,8 +89,7 @@ class Borrowing:
             labels = {"peer": names.get(node, node[:8]), "direction": direction}
             yield "meshd_tunnel_bytes_total", labels, count
 
-    def _note(self, model: ModelId, workers: Iterable[str]) -> None:
-        self._lost.add(model)
+    def _avoid(self, workers: Iterable[str]) -> None:
         until = self._clock.now() + AVOIDED_S
         self._avoided |= {NodeId(worker): until for worker in workers}
 

@@ -79,7 +79,7 @@ class Placing:
             auto=self._choose,
             lends=self._lending.problem,
             end_loan=self._lending.end_loan,
-            worker_lost=self._borrowing.worker_lost,
+            worker_lost=lambda model: self._models().worker_lost(model),
             avoided=self._borrowing.avoided,
             bytes_per_s=self._borrowing.bytes_per_s,
         )

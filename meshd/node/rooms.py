@@ -348,6 +348,7 @@ class Rooms:
         """The node is about to end: other nodes take over what it hosts."""
         if self.usage.room is not None:
             self.usage.room.withdraw()
+            self._lending.desk.close("this node ends")
 
     def close(self) -> None:
         """After every service has stopped."""
