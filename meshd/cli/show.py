@@ -114,6 +114,8 @@ def _print_models(out: Any, answer: list[dict[str, Any]]) -> None:
 
 
 def _host(host: dict[str, Any]) -> str:
-    """Its name, and its state if it does not serve."""
+    """Its name, those of its workers, and its state if it does not serve."""
     name = str(host["node"])
+    if host["plan"]["kind"] == "split":
+        name += "".join(f" + {worker['node']}" for worker in host["plan"]["workers"])
     return name if host["state"] == "ready" else f"{name} ({host['state']})"

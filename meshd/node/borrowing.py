@@ -10,10 +10,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from meshd.errors import NoMesh, PeerUnreachable, SplitFailed
-from meshd.ids import LoanId, NodeId
+from meshd.ids import LoanId, ModelId, NodeId
 from meshd.kernel import Board, Clock
 from meshd.runtime.process import guarded
-from meshd.view import Part, View
+from meshd.sizes import format_size
+from meshd.view import ModelState, Part, SplitPlan, View
 
 if TYPE_CHECKING:
     from meshd.peers.bulk.tunnels import Tunnels
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TUNNELS: Final = (sys.executable, "-P", "-m", "meshd.tunnel")
+COUNTED_S: Final = 2.0
+"""After which what tunnels carried until now has been counted."""
 AVOIDED_S: Final = 10.0
 """How long a node that refused, or was lost, is left out of plans; if it is gone for good,
 membership says so long before."""
@@ -43,6 +46,9 @@ class Borrowing:
         self._fastest: dict[NodeId, float] = {}
         """Bytes per second of the busiest second of a tunnel."""
         self._carried: Counter[tuple[NodeId, str]] = Counter()
+        self._loading: dict[ModelId, tuple[SplitPlan, int]] = {}
+        """Plans whose engines load, and what their workers had been sent before."""
+        board.subscribe(self._view_changed)
 
     async def borrow(
         self, order: LoanOrder, lost: Callable[[str], None], moved: Callable[[str], None]
@@ -73,6 +79,7 @@ class Borrowing:
         except SplitFailed as error:
             self._avoid(error.workers)
             raise
+        self._loading[model] = order.plan, self._sent(order.plan)
         return borrowed
 
     def avoided(self) -> Collection[NodeId]:
@@ -116,6 +123,23 @@ class Borrowing:
         ]
         command = tuple(guarded(TUNNELS))
         return await Tunnels.open(command, credentials, ends, lost=lost, counted=self._count)
+
+    def _view_changed(self, view: View) -> None:
+        for model in tuple(self._loading):
+            seen = view.local.get(model)
+            if seen is None or seen.state is not ModelState.LOADING:
+                plan, before = self._loading.pop(model)
+                if seen is not None and seen.state is ModelState.READY:
+                    loop = asyncio.get_running_loop()
+                    loop.call_later(COUNTED_S, self._tell_of_load, model, plan, before)
+
+    def _tell_of_load(self, model: ModelId, plan: SplitPlan, before: int) -> None:
+        names = ", ".join(part.name for part in plan.parts)
+        sent = format_size(self._sent(plan) - before)
+        log.info("%s is loaded: %s sent to %s for it", model, sent, names)
+
+    def _sent(self, plan: SplitPlan) -> int:
+        return sum(self._carried[part.node, "out"] for part in plan.parts)
 
     def _count(self, node: NodeId, received: int, sent: int) -> None:
         """About once a second while there is anything to count."""

@@ -37,8 +37,6 @@ log = logging.getLogger(__name__)
 
 WATCH_S: Final = 1.0
 """How often it is looked who is connected to the servers."""
-SETTLED_LOOKS: Final = 3
-"""Looks without a new file in a cache, after which a load is taken to be over."""
 
 
 @dataclass(slots=True)
@@ -48,12 +46,8 @@ class _Held:
     loan: Loan
     server: RpcServer | None = None
     cache: TensorCache | None = None
-    counted: Kept | None = None
-    """Files of the cache that were there when its bytes were last counted."""
-    seen: Kept | None = None
-    """Those of the last look, while they change."""
-    still: int = 0
-    """Looks since."""
+    before: Kept | None = None
+    """What lay in the cache before its host connected."""
 
 
 class Lending(Service):
@@ -170,7 +164,7 @@ class Lending(Service):
             pool=self._pool,
             moved=moved,
         )
-        held.counted = await self._pool.run(held.cache.files)
+        held.before = await self._pool.run(held.cache.files)
         return warmed.held
 
     def renew(self, loan: Loan) -> None:
@@ -244,9 +238,14 @@ class Lending(Service):
         return cache
 
     async def _take_back(self, held: _Held) -> None:
-        if held.server is not None:
-            await held.server.stop()
-        self._room().loan_ended(held.loan.id)
+        try:
+            if held.server is not None:
+                at_rest = await held.server.stop()
+                await self._count(held, whole=at_rest)
+        except (MeshdError, OSError) as error:
+            log.warning("what was sent of %s is not counted: %s", held.loan.ask.model, error)
+        finally:
+            self._room().loan_ended(held.loan.id)
 
     # -- watching ---------------------------------------------------------------------------------
 
@@ -265,19 +264,15 @@ class Lending(Service):
             users = ", ".join(str(user) for user in sorted(strangers))
             log.warning("user %s is connected to the RPC server of %s", users, held.loan.ask.model)
             self.desk.end(held.loan.id, f"another user ({users}) is connected to its RPC server")
-        elif held.cache is not None and held.counted is not None:
-            await self._count(held, held.cache, held.counted)
 
-    async def _count(self, held: _Held, cache: TensorCache, counted: Kept) -> None:
-        """What the host sent, once nothing has come for some looks: files are whole then."""
-        files = await self._pool.run(cache.files)
-        held.still = held.still + 1 if files == held.seen else 0
-        held.seen = files
-        if held.still >= SETTLED_LOOKS and files != counted:
-            pushed = await self._pool.run(cache.measure, counted, whole=True)
-            held.counted = files
-            self.pushed_bytes += pushed
-            log.info("%d bytes of %s were sent by its host", pushed, held.loan.ask.model)
+    async def _count(self, held: _Held, *, whole: bool) -> None:
+        """What its host sent. `whole`: its server was at rest when it ended."""
+        cache, before = held.cache, held.before
+        if cache is None or before is None:
+            return
+        pushed = await self._pool.run(cache.measure, before, whole=whole)
+        self.pushed_bytes += pushed
+        log.info("%d bytes of tensors of %s were sent by its host", pushed, held.loan.ask.model)
 
 
 def _rpc_binary(runtime: RuntimeView) -> str | None:

@@ -22,8 +22,10 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waiting, "STANDSTILL_S", 0.0)
 
 
-def host(node: str, state: str = "ready") -> dict[str, Any]:
+def host(node: str, state: str = "ready", *workers: str) -> dict[str, Any]:
+    lenders = [{"node": worker, "share": 0.3, "bytes": 1 << 30} for worker in workers]
     return {
+        "plan": {"kind": "split" if workers else "solo", "workers": lenders},
         "node": node,
         "state": state,
         "slots": 4,
@@ -214,11 +216,12 @@ def test_models_are_shown_with_their_hosts_or_why_there_are_none(
     daemon: Daemon, cli: Cli, command: str
 ) -> None:
     waits = model("waiting", reason=NOBODY_FITS) | {"id": "big"}
-    served = model("ready", host("attic"), host("[shed]", "loading"))
+    served = model("ready", host("attic", "ready", "cellar"), host("[shed]", "loading"))
     daemon.say("/status", seen(waits, served))
     *_, head, first, second = cli(command).stdout.splitlines()
     assert head.split() == ["MODEL", "STATE", "HOSTS", "SLOTS", "CONTEXT", "WHY", "/", "REF"]
     assert first.split() == ["big", "waiting", "-", "-", "-", *NOBODY_FITS.split()]
     assert second.split() == [
-        *("m", "ready", "attic,", "[shed]", "(loading)", "6/8", "free", "8192", "owner/m")
+        *("m", "ready", "attic", "+", "cellar,", "[shed]", "(loading)"),
+        *("6/8", "free", "8192", "owner/m"),
     ]
