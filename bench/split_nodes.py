@@ -22,8 +22,9 @@ LENDERS = ("first", "second", "third")
 """Lend memory to it, two at a time."""
 LONER = "loner"
 """Has room for the model, and a mesh of its own."""
-ROOM = "320MiB"
-"""Of all but the loner: enough for one of the model's three layers, and too little for two."""
+OWN_ROOM, LENT_ROOM = "400MB", "460MB"
+"""Of the owner and of each that lends: enough for one of the model's three layers, and too little
+for two. A worker needs more, for its RPC server."""
 LIMIT_S = 120.0
 SETTLE_S = 1.0
 """Between two losses, so that the news of one does not ride along in the next."""
@@ -69,11 +70,11 @@ class SplitNodes:
                 f'cache_dir = "{self._cache_of(name)}"\n\n[engine]\nthreads = {THREADS}\n'
             )
         owner, *lenders = self._mesh
-        owner.start("--no-mdns", "--mesh", "split", "--max-vram", ROOM)
+        owner.start("--no-mdns", "--mesh", "split", "--max-vram", OWN_ROOM)
         self._nodes[LONER].start("--no-mdns", "--mesh", "lone")
         token = invite_from(owner.data_dir, uses=len(lenders))
         for node in lenders:
-            node.start("--no-mdns", "--join", token, "--max-vram", ROOM)
+            node.start("--no-mdns", "--join", token, "--max-vram", LENT_ROOM)
         until_whole(self._mesh)
         wait_for(lambda: self._nodes[LONER].peers() is not None, limit_s=LIMIT_S, what="the loner")
 
@@ -177,7 +178,7 @@ class SplitNodes:
         workers = self._workers()
         if victim.name in workers:
             raise BenchError(f"{victim.name} was killed, and the plan is {workers}")
-        victim.start("--no-mdns", "--max-vram", ROOM)
+        victim.start("--no-mdns", "--max-vram", LENT_ROOM)
         until_whole(self._mesh)
         return Lost(round(ended_at - killed_at, 3), round(served_at - killed_at, 3))
 
