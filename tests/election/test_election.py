@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -38,6 +38,7 @@ from meshd.election.words import (
 from meshd.ids import ModelId, NodeId
 from meshd.kernel.machine import Tick
 from meshd.view import Claim, ClaimState, ModelState, Suits
+from tests.election.machine import ask, asking, of, report, serving, shown
 from tests.election.words import (
     DRAINING,
     FAILED,
@@ -53,49 +54,7 @@ from tests.election.words import (
     record,
 )
 
-E = TypeVar("E")
 OTHER = ModelId("other")
-
-
-def of(kind: type[E], effects: list[Effect]) -> list[E]:
-    return [e for e in effects if isinstance(e, kind)]
-
-
-def asking(*nodes: Standing, epochs: dict[ModelId, int] | None = None, floor: int = 0) -> Election:
-    """It knows everything but the deployment."""
-    election = Election(OWN, "own", epochs or {}, floor)
-    election.handle(CapacityMeasured({"CUDA0": 10 * GB}), 0.0)
-    election.handle(NodesSeen(nodes), 0.0)
-    return election
-
-
-def ask(election: Election, now: float = 0.0, **changes: Any) -> list[Effect]:
-    deployment = record(**changes)
-    effects = election.handle(DeploymentsSeen((deployment,)), now)
-    return effects + election.handle(OffersMade((offer(version=deployment.version),)), now)
-
-
-def serving(*nodes: Standing, **changes: Any) -> Election:
-    """READY with epoch 1 since time 0; `nodes` came after that."""
-    election = asking()
-    ask(election, **changes)
-    election.handle(EpochSaved(M, 1), 0.0)
-    election.handle(OffersMade((offer(),)), 0.0)
-    election.handle(HostReported(M, ModelState.READY), 0.0)
-    assert shown(election) == (1, READY)
-    if nodes:
-        election.handle(NodesSeen(nodes), 1.0)
-    return election
-
-
-def shown(election: Election) -> tuple[int, ClaimState] | None:
-    hosted = election.hosted.get(M)
-    said = None if hosted is None else hosted.claim
-    return None if said is None else (said.epoch, said.state)
-
-
-def report(election: Election, state: ModelState, now: float, reason: str = "") -> list[Effect]:
-    return election.handle(HostReported(M, state, reason or None), now)
 
 
 # -- claiming -------------------------------------------------------------------------------------
