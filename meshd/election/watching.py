@@ -123,6 +123,8 @@ class Watching:
         total = Counter({device: parts.total for device, parts in seen.items()})
         total[HOST] += 0 if counted is None else counted.prompts  # taken by and by
         self._post(HostMeasured(model, self._memory.counted(total)))
+        if hosted.plan is not None:
+            return  # its part says nothing of the whole
         engine, _ = self._needs.engine()
         if local.digest and self._appraiser.learn(hosted.deployment, local.digest, engine, seen):
             self._unkept = True
