@@ -134,7 +134,7 @@ class Station:
             serve_api=self._serve,
             carrier=self.carrier,
             serve_bulk=self._serve_bulk,
-            serve_loan=lambda node, name: self.serve_loan(node, name),
+            serve_loan=lambda node, name: self.serve_loan(node, name),  # noqa: PLW0108 (as it is then)
             deployments=SharedDeployments(self.deployments, self._show_deployments),
         )
         role = membership.role

@@ -23,7 +23,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from meshd.election.ledger import Lease
+from meshd.election.ledger import Holder, Lease
 from meshd.election.turns import TURN_S
 from meshd.election.words import (
     CapacityMeasured,
@@ -69,7 +69,7 @@ class Judge:
         self._claims: dict[int, Mapping[ModelId, Claim]] = {}
         """As published last, of the present run."""
         self._highest: dict[tuple[int, ModelId], int] = {}
-        self._leases: dict[int, Mapping[ModelId, Lease]] = {}
+        self._leases: dict[int, Mapping[Holder, Lease]] = {}
         self._excused: set[int] = set()
         self._outdated: set[int] = set()
         """Nodes whose leases changed after their offers."""
