@@ -10,7 +10,7 @@ Rules, numbered as in the code; the engine's are those of build 0c1e570 (`load_t
    a layer on a CPU is slower by far.
 3. A memory takes part if it has room for any one layer and for what lies beside it, and holds at
    least one then. If more could take part than there are layers, or than the engine has places
-   for, the roomiest do.
+   for, the roomiest do, and those that hold what 1 and 6 say.
 4. Shares are in proportion to the room for layers: each memory is filled to the same part of it,
    the smallest one at which all layers are placed. So a row is found if the memories hold the
    layers at all.
@@ -181,13 +181,12 @@ def _laid(estimate: Estimate, sizes: Sequence[int], host: HostMemory, way: Way) 
         main = Place(host.main, None, False, host.free[host.main])
         before.insert(0, main.with_more(held + estimate.projector))
     largest = max(sizes)
-    fitting = [place for place in before + own if place.space >= largest]
-    row = _roomiest(fitting, min(MAX_DEVICES, len(sizes)))  # 3
-    after = [place for place in row if place.worker is None and place.accelerator]
-    row = row[: len(row) - len(after)]
+    row = [place for place in before if place.space >= largest]  # 3
+    after = [place for place in own if place.space >= largest]
     row += _bearing(after[::-1], estimate.projector, largest)[::-1]  # 6
     output = estimate.output + estimate.output_copy
     row = _bearing(row, output, largest)  # 1
+    row = _roomiest(row, min(MAX_DEVICES + way.beside, len(sizes)))  # 3
     mine = [place for place in row if place.worker is None]
     if any(place.device == host.main for place in mine):
         held = 0
@@ -251,7 +250,17 @@ def _bearing(places: Sequence[Place], size: int, layer: int) -> list[Place]:
     return [*row[:-1], row[-1].with_more(size)] if row else []
 
 
-def _roomiest(places: Sequence[Place], most: int) -> list[Place]:
-    """In their order."""
-    chosen = sorted(range(len(places)), key=lambda number: -places[number].space)[:most]
-    return [places[number] for number in sorted(chosen)]
+def _roomiest(row: Sequence[Place], most: int) -> list[Place]:
+    """The `most` roomiest of a row, in their order. Whichever bears more than layers stays in it,
+    and one of a worker; none do if that are more than `most`."""
+    if len(row) <= most:
+        return list(row)
+    own = [number for number, place in enumerate(row) if place.worker is None]
+    kept = {len(row) - 1, *own[:1]}
+    numbers = sorted(range(len(row)), key=lambda number: -row[number].space)
+    if row[-1].worker is None:
+        kept.update([number for number in numbers if number not in own][:1])
+    if len(kept) > most:
+        return []
+    chosen = [*kept, *(number for number in numbers if number not in kept)][:most]
+    return [row[number] for number in sorted(chosen)]

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from meshd.election.fit import HOST, Budget, Estimate, LayerNeed, SplitFit, WorkerMemory, split_fit
@@ -192,10 +192,23 @@ def test_what_is_leased_is_not_free() -> None:
     assert not split_fit(NEED, [main(90 * GB)], {}, workers).fits
 
 
+def test_what_bears_more_than_layers_stays_among_the_roomiest() -> None:
+    need = replace(NEED, layers=NEED.layers[:3], projector=GB)
+    own = [gpu(0, 15 * GB), *(gpu(n, 40 * GB) for n in range(1, 4)), gpu(4, 16 * GB), main(9 * GB)]
+    found = split_fit(need, own, None, [worker("b", 14 * GB), worker("c", 13 * GB)])
+    plan = planned(found)
+    assert [part.name for part in plan.parts] == ["b"]
+    assert plan.own == (("CUDA0", 1), ("CUDA4", 1))
+    two = replace(need, layers=need.layers[:2])
+    found = split_fit(two, own, None, [worker("b", 14 * GB)])
+    assert not found.fits
+
+
 # -- properties ------------------------------------------------------------------------------------
 
 SIZES = st.integers(1, 60)
 LAYERS = st.lists(st.integers(2, 12), min_size=1, max_size=14)
+MORE_LAYERS = st.lists(st.integers(2, 12), min_size=3, max_size=14)
 CARDS = st.lists(SIZES, max_size=3)
 LENT = st.lists(st.tuples(st.booleans(), st.lists(SIZES, min_size=1, max_size=2)), max_size=4)
 
@@ -246,7 +259,8 @@ def test_a_plan_is_whole_and_within_every_memory(
     assert not (cards and plan.beside)
 
 
-@given(LAYERS, CARDS, SIZES, LENT, st.integers(0, 3), st.integers(1, 30))
+@example([2, 2, 2], [4, 8], 4, [(True, [4])], 0, 1)
+@given(MORE_LAYERS, CARDS, SIZES, LENT, st.integers(0, 3), st.integers(1, 30))
 def test_more_memory_never_hurts(
     layers: list[int],
     cards: list[int],
