@@ -11,8 +11,9 @@ Rules, numbered as in the code:
    does not change plans; one that is not known counts as a second.
 4. Then those with the highest bandwidth, in doublings, added up; unknown is lowest.
 5. Then those that lend most, then names.
-6. Without accelerators of the host the output layer is the last worker's. The one that loses the
-   fewest layers to it comes last; the others come in the order of rules 3 to 5.
+6. In the row they stand by name, whatever their round trips are just now: so the next load finds on
+   each worker the tensors it was sent before. Without accelerators of the host the output layer is
+   the last worker's, and the one that loses the fewest layers to it comes last.
 
 What is guaranteed: sets of each size are looked at best first (3-5) and the first one that fits is
 taken. If all layers are alike it is the best one of the smallest size, as long as `MAX_LOOKS` sets
@@ -217,14 +218,14 @@ class _Search:
 
     def _orders(self, chosen: Sequence[_Worker]) -> list[list[WorkerMemory]]:
         """Worth trying (6): which one loses least may depend on how many devices there will be."""
-        near = [worker.memory for worker in sorted(chosen, key=self._workers.index)]
+        row = sorted((worker.memory for worker in chosen), key=lambda memory: memory.name)
         if any(budget.accelerator for budget in self._own):
-            return [near]
+            return [row]
         ends = dict.fromkeys(
-            max(near, key=lambda memory: self._left_at_the_end(memory, several))
+            max(row, key=lambda memory: self._left_at_the_end(memory, several))
             for several in (True, False)
         )
-        return [[*(memory for memory in near if memory != last), last] for last in ends]
+        return [[*(memory for memory in row if memory != last), last] for last in ends]
 
     def _left_at_the_end(self, memory: WorkerMemory, several: bool) -> tuple[int, int]:
         """Layers a worker gains if it holds the output layer, at most 0, and its room."""

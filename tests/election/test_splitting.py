@@ -94,6 +94,17 @@ def test_then_memory_and_names_decide() -> None:
     assert names(chosen([node("c", 120), node("b", 120)])) == {"b"}
 
 
+def test_round_trips_do_not_move_workers_in_the_row() -> None:
+    rows = [
+        [part.name for part in found.plan.parts]
+        for near in "bcd"
+        for own in (OWN, (Budget("GPU", 35 * GB, host=False, accelerator=True), *OWN))
+        if (found := chosen([node(n, 45, 0.001 * (1 + (n != near))) for n in "bcd"], own)).plan
+    ]
+    assert rows == [rows[0], rows[1]] * 3
+    assert rows[1] == sorted(rows[1])
+
+
 def test_the_output_layer_comes_where_it_costs_no_layer() -> None:
     # 3 layers on the host; b would lose a layer to the output, c does not
     found = chosen([node("c", 58, 0.001), node("b", 45, 0.002)])
