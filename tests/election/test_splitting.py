@@ -21,6 +21,7 @@ from meshd.election.fit import (
     split_fit,
 )
 from meshd.election.splitting import (
+    MAX_LOOKS,
     MAX_TOLD,
     MAX_WORKERS,
     RTT_STEP_S,
@@ -173,6 +174,13 @@ def test_many_nodes_are_judged_quickly() -> None:
     tight = [node(f"n{n:03}", 14 + n % 4, 0.0001 * (n % 37)) for n in range(300)]
     assert not chosen(tight).fits
     assert time.process_time() - began < 2
+
+
+def test_among_too_many_nodes_the_roomiest_are_exchanged_for_nearer_ones() -> None:
+    small = [node(f"n{n:02}", 15, 0.001) for n in range(60)]  # more pairs than are looked at
+    roomy = [node(f"r{rtt}", free, rtt / 10) for rtt, free in enumerate((62, 70, 80, 82), start=5)]
+    assert len(list(combinations(small, 2))) > MAX_LOOKS
+    assert names(chosen([*small, *roomy])) == {"r5", "r6"}
 
 
 def test_no_more_workers_than_the_limit() -> None:
