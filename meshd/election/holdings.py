@@ -110,7 +110,6 @@ class Holdings:
         self.put(replace(again, plan=None, replanning=True, replan_until=None))
         self.orders.append(StopHost(hosted.model, reason, drain=False))
         self.orders.append(HostChanged(hosted.model, f"{self._name} is {words}", "failed"))  # 12
-        self.outdate_offers()
 
     def _failures_before(self, hosted: Hosted, now: float) -> int:
         """In a row; none count once it has been READY for long."""

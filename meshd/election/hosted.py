@@ -12,7 +12,8 @@ BACKOFF_S = (10.0, 30.0, 60.0, 120.0, 300.0)
 """How long a node is passed over after failures in a row; the last one goes on. A node with a
 broken disk should not be asked every few seconds, one that was short of memory not in an hour."""
 REPLANS = 3
-"""Losses of workers in a row after which its host is passed over as after a failure of its own."""
+"""Losses of workers in a row after each of which a host plans anew; after one more it is passed
+over as after a failure of its own."""
 REPLAN_WAIT_S = 3.0
 """How long a plan is sought after a worker was lost: as long as it takes to hear what the others
 lend now, and whether the lost one is dead."""

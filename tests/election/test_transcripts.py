@@ -141,6 +141,43 @@ def failed_load() -> Table:
     return table
 
 
+def worker_loss() -> Table:
+    table = Table(splits=True)
+    for name, headroom in {"ash": 9, "birch": 5, "cedar": 3}.items():
+        table.join(name, bid(headroom), size=8 * GB, capacity=5 * GB)
+    table.lines.clear()
+    table.say("a model fits on no node: the best host claims it, with memory of another")
+    table.write(record())
+    table.report("ash", READY, M)
+    table.say(
+        "the loan is renewed; the worker is cut off: the host keeps its claim and plans anew"
+    )
+    for second in (4.0, 8.0):
+        table.wait_until(second)
+    table.now = 10.0
+    _lose_worker(table, "birch", ["ash", "cedar"], ["birch"])
+    table.report("ash", READY, M)
+    table.say("the worker has not heard of its host, and ends what it lent")
+    table.wait_until(13.0)
+    table.returned("birch")
+    table.now = 15.0
+    table.say("the other worker is lost too: nothing fits, and the host gives up after a while")
+    _lose_worker(table, "cedar", ["ash"], ["birch"], ["cedar"])
+    table.wait_until(18.0)
+    table.returned("cedar")
+    table.say("a worker is back: the model is claimed anew")
+    table.wait_until(60.0)
+    table.part(["ash", "birch"], ["cedar"])
+    table.report("ash", READY, M)
+    return table
+
+
+def _lose_worker(table: Table, worker: str, *groups: list[str]) -> None:
+    table.part(*groups)
+    table.report("ash", ModelState.FAILED, M, f"worker {worker} was lost", lost=True)
+    table.report("ash", ABSENT, M)
+
+
 SCENES: list[Callable[[], Table]] = [
     first_claim,
     tie,
@@ -150,6 +187,7 @@ SCENES: list[Callable[[], Table]] = [
     drain,
     pin_moved,
     failed_load,
+    worker_loss,
 ]
 
 
