@@ -165,7 +165,7 @@ def claims_to_wire(claims: Iterable[Claim]) -> list[dict[str, Any]]:
             # Whole seconds: it is for people, and an advert a decimal would be noise.
             retry_in_s=None if claim.retry_in_s is None else float(round(claim.retry_in_s)),
             workers=[
-                {"node": w.node, "name": w.name, "share": round(w.share, 4), "bytes": w.bytes}
+                {"node": w.node, "name": w.name, "share": w.share, "bytes": w.bytes}
                 for w in claim.workers[:MAX_WORKERS]
             ],
         )

@@ -32,7 +32,7 @@ class WorkerShare:
     node: NodeId
     name: str
     share: float
-    """0..1 of the model's layers, by bytes."""
+    """0..1 of the model's layers, by bytes; four decimals, so that all nodes show the same."""
     bytes: int
     """What it lends."""
 
@@ -61,7 +61,7 @@ class Part:
 
     @property
     def shown(self) -> WorkerShare:
-        return WorkerShare(self.node, self.name, self.share, self.bytes)
+        return WorkerShare(self.node, self.name, round(self.share, 4), self.bytes)
 
 
 @dataclass(frozen=True, slots=True)
