@@ -19,7 +19,7 @@ from tests.mesh.network import Network
 OWNER = "owner"
 """Hosts the model."""
 LENDERS = ("first", "second", "third")
-"""Lend memory to it, two at a time."""
+"""Lend memory to it, two at a time; the third comes when one of the others is to be lost."""
 LONER = "loner"
 """Has room for the model, and a mesh of its own."""
 OWN_ROOM, LENT_ROOM = "400MB", "460MB"
@@ -52,31 +52,41 @@ class SplitNodes:
             for name in (OWNER, *LENDERS, LONER)
         }
         self._work = work
+        self._lenders: tuple[str, ...] = ()
+        """Those that were started."""
+        self._token = ""
 
     @property
     def _mesh(self) -> list[Node]:
-        return [self._nodes[name] for name in (OWNER, *LENDERS)]
+        return [self._nodes[name] for name in (OWNER, *self._lenders)]
 
     @property
     def _owner(self) -> Node:
         return self._nodes[OWNER]
 
     def begin(self) -> None:
-        """Returns when the mesh is whole."""
+        """Returns when the owner and two lenders are a mesh."""
         for name, node in self._nodes.items():
             node.data_dir.mkdir()
             # Caches of their own, as on machines of their own.
             (node.data_dir / "config.toml").write_text(
                 f'cache_dir = "{self._cache_of(name)}"\n\n[engine]\nthreads = {THREADS}\n'
             )
-        owner, *lenders = self._mesh
-        owner.start("--no-mdns", "--mesh", "split", "--max-vram", OWN_ROOM)
+        self._owner.start("--no-mdns", "--mesh", "split", "--max-vram", OWN_ROOM)
         self._nodes[LONER].start("--no-mdns", "--mesh", "lone")
-        token = invite_from(owner.data_dir, uses=len(lenders))
-        for node in lenders:
-            node.start("--no-mdns", "--join", token, "--max-vram", LENT_ROOM)
-        until_whole(self._mesh)
+        self._token = invite_from(self._owner.data_dir, uses=len(LENDERS))
+        self._join(*LENDERS[:2])
         wait_for(lambda: self._nodes[LONER].peers() is not None, limit_s=LIMIT_S, what="the loner")
+
+    def complete(self) -> None:
+        """Let the third one come."""
+        self._join(LENDERS[2])
+
+    def _join(self, *names: str) -> None:
+        for name in names:
+            self._nodes[name].start("--no-mdns", "--join", self._token, "--max-vram", LENT_ROOM)
+        self._lenders += names
+        until_whole(self._mesh)
 
     # -- loads ------------------------------------------------------------------------------------
 
@@ -99,7 +109,10 @@ class SplitNodes:
                     "/unload", {"model": self._weights.stem, "drain_s": 1}
                 )
                 self._wait(lambda n=node: not (self._model(n) or {}).get("hosts"), "it is unloaded")
-        self._wait(lambda: not any(map(self._children, self._nodes)), "nothing is lent any more")
+        self._wait(
+            lambda: not any(map(self._children, (OWNER, *self._lenders))),
+            "nothing is lent any more",
+        )
 
     def forget_tensors(self) -> None:
         """What the lenders have kept of tensors."""

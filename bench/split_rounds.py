@@ -76,6 +76,7 @@ def measure(lab: Lab, sizes: Sizes, say: Say, *, nodes: bool) -> Measured:
         measured.loads = turns.loads(sizes.loads, say)
     if sizes.recovery and mesh is not None:
         mesh.load()
+        mesh.complete()
         for number in range(sizes.recovery):
             measured.recovery.append(mesh.lose_worker(number))
             say(f"recovery {number + 1} of {sizes.recovery}: {measured.recovery[-1]}")

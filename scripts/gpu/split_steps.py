@@ -20,7 +20,7 @@ from split_nodes import SplitNode
 from bench.chats import greedy
 from tests.models import WIDE, Wide, write_wide
 
-PROMPT_TOKENS, TOKENS, TIMES = 512, 128, 5
+PROMPT_TOKENS = 512
 END_LIMIT_S = 10.0
 """For what has to end with something else."""
 
@@ -32,6 +32,10 @@ class Backend:
     room: str
     """`--max-vram` of each of two nodes: less than the model, more than half of it."""
     context: int
+    tokens: int
+    """That an engine writes when its speed is measured."""
+    times: int
+    """How often that is done."""
     environ: tuple[dict[str, str], dict[str, str]]
     """Of the two nodes."""
 
@@ -42,10 +46,12 @@ BACKENDS = {
         Wide(layers=32, width=4096, feed_forward=11008, heads=32),
         "10GiB",
         4096,
+        128,
+        5,
         ({"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}),
     ),
     # Threads of two engines that wait for each other would hold both up on few cores.
-    "cpu": Backend("cpu", WIDE, "450MiB", 2048, ({"MESHD_ENGINE__THREADS": "1"},) * 2),
+    "cpu": Backend("cpu", WIDE, "650MB", 2048, 32, 1, ({"MESHD_ENGINE__THREADS": "1"},) * 2),
 }
 
 
@@ -53,7 +59,7 @@ BACKENDS = {
 class Speed:
     prompt: float
     generated: float
-    """Tokens a second, medians of `TIMES`."""
+    """Tokens a second, medians."""
     text: tuple[int, ...]
     """The first answer."""
 
@@ -114,7 +120,7 @@ def alone(lab: Lab, backend: Backend, node: SplitNode) -> Speed:
     """One node that may use all the memory there is."""
     node.start("--mesh", "lone")
     first = node.load(context=backend.context)
-    speed = speed_of(node)
+    speed = speed_of(node, backend)
     lab.note("one node", node.plan().get("kind") == "solo", str(speed))
     node.unload()
     again = node.load(context=backend.context)
@@ -142,15 +148,14 @@ def split(lab: Lab, backend: Backend, host: SplitNode, worker: SplitNode, solo: 
     told = ", ".join(f"{w['node']} {w['share']:.0%}, {w['bytes'] / 1e9:.2f} GB" for w in workers)
     names = [w["node"] for w in workers]
     lab.note("two nodes: plan", names == [worker.name], f"{plan.get('kind')}: {told or 'nobody'}")
-    speed = speed_of(host)
-    same = next(
-        (n for n, (a, b) in enumerate(zip(speed.text, solo.text, strict=True)) if a != b), TOKENS
-    )
+    speed = speed_of(host, backend)
+    pairs = zip(speed.text, solo.text, strict=True)
+    same = next((n for n, (ours, theirs) in enumerate(pairs) if ours != theirs), backend.tokens)
     lab.note(
         "two nodes",
         same > 0,
         f"{speed}; {speed.prompt / solo.prompt:.2f} and {speed.generated / solo.generated:.2f} "
-        f"of one node; the same text for {same} of {TOKENS} tokens",
+        f"of one node; the same text for {same} of {backend.tokens} tokens",
     )
     devices(lab, backend, host, worker)
 
@@ -204,14 +209,14 @@ def worker_killed(lab: Lab, backend: Backend, host: SplitNode, worker: SplitNode
     lab.note("the worker comes back", True, f"served again {back_s:.2f} s after its start")
 
 
-def speed_of(node: SplitNode) -> Speed:
+def speed_of(node: SplitNode, backend: Backend) -> Speed:
     """By the engine's own account, after an answer that does not count."""
     where = node.engine_socket()
     prompts = random.Random(7)
     answers = []
-    for _ in range(TIMES + 1):
+    for _ in range(backend.times + 1):
         prompt = [prompts.randint(3, 353) for _ in range(PROMPT_TOKENS)]
-        answer = greedy(where, prompt, TOKENS)
+        answer = greedy(where, prompt, backend.tokens)
         if answer is None:
             raise SystemExit(f"{node.name}: its engine does not answer")
         answers.append(answer)
