@@ -45,6 +45,8 @@ class _Held:
 
     loan: Loan
     server: RpcServer | None = None
+    tunnelled: bool = False
+    """Its host has opened a tunnel to the server."""
     cache: TensorCache | None = None
     before: Kept | None = None
     """What lay in the cache before its host connected."""
@@ -193,7 +195,15 @@ class Lending(Service):
         held = self._held.get(LoanId(wanted.instance or ""))
         if held is None or held.loan.host != node or held.server is None:
             raise PeerRefused("you have no such loan here", reason="no_loan")
+        held.tunnelled = True
         return {"port": held.server.port}
+
+    def tunnels_lost(self) -> None:
+        """The process that carried them is gone. An engine outlives the end of none of its tunnels
+        and cannot say whose it was; its host has to hear that from here."""
+        for loan, held in tuple(self._held.items()):
+            if held.tunnelled:
+                self.desk.end(loan, "the process that carries its tunnels ended")
 
     def metrics(self) -> Iterable[tuple[str, Mapping[str, str], float]]:
         yield "meshd_loans", {}, len(self._held)

@@ -285,6 +285,7 @@ class Rooms:
                 serve_api=api.peer_protocol,
                 carrier=tuple(guarded(CARRIER)),
                 serve_bulk=bulk_service(cache, self._lending.tunnel),
+                bulk_lost=self._lending.tunnels_lost,
                 serve_loan=self._lending.desk.serve,
                 deployments=election.shared,
             ),

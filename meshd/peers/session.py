@@ -85,6 +85,8 @@ class Needs:
     serve_bulk: Callable[[NodeId, Open], dict[str, Any]] = _nothing_in_bulk
     """What the carrier is to do for a node that asks so; of `shard` the grant, of `manifest` the
     answer itself. Raises PeerRefused."""
+    bulk_lost: Callable[[], None] = lambda: None
+    """The carrier ended unasked, and all that it served."""
     serve_loan: Callable[[NodeId, str], asyncio.Protocol] = _nothing_to_lend
     """A protocol that lends memory to a node, by its id and its name. Raises PeerRefused."""
     deployments: Deployments | None = None
@@ -124,6 +126,7 @@ class Session:
             authenticate=trust.authenticate,
             serve=self._serve_bulk,
             credentials=lambda: credentials_of(trust),
+            lost=needs.bulk_lost,
             limit=MAX_BULK_STREAMS,
             clock=needs.clock,
             spawn=needs.spawn,

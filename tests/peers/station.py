@@ -94,6 +94,8 @@ class Station:
         self.carrier: tuple[str, ...] = ()
         self.serve_bulk: Callable[[NodeId, Open], dict[str, Any]] = _nothing_in_bulk
         self.serve_loan: Callable[[NodeId, str], asyncio.Protocol] = _nothing_to_lend
+        self.bulk_losses = 0
+        """How often its carrier took streams with it."""
         self.deployments = DeploymentBook()
 
     @property
@@ -134,6 +136,7 @@ class Station:
             serve_api=self._serve,
             carrier=self.carrier,
             serve_bulk=self._serve_bulk,
+            bulk_lost=self._bulk_lost,
             serve_loan=lambda node, name: self.serve_loan(node, name),  # noqa: PLW0108 (as it is then)
             deployments=SharedDeployments(self.deployments, self._show_deployments),
         )
@@ -253,6 +256,9 @@ class Station:
         protocol = EchoBack(peer)
         self.served.append(protocol)
         return protocol
+
+    def _bulk_lost(self) -> None:
+        self.bulk_losses += 1
 
     def _serve_bulk(self, node: NodeId, wanted: Open) -> dict[str, Any]:
         return self.serve_bulk(node, wanted)

@@ -54,7 +54,8 @@ def credentials_of(trust: Trust) -> Credentials:
 class Handover:
     """`command` becomes the carrier process, its standard input and output two sockets
     (`words.py`). `authenticate` says whose certificate one is, `serve`
-    what a node gets; both raise PeerRefused. `limit`: of streams."""
+    what a node gets; both raise PeerRefused. `limit`: of streams. `lost` is called when the process
+    ended unasked, and streams with it."""
 
     def __init__(
         self,
@@ -63,6 +64,7 @@ class Handover:
         authenticate: Callable[[bytes | None], PeerCertificate],
         serve: Callable[[NodeId, Open], dict[str, Any]],
         credentials: Callable[[], Credentials],
+        lost: Callable[[], None],
         limit: int,
         clock: Clock,
         spawn: Spawn,
@@ -73,6 +75,7 @@ class Handover:
         self._authenticate = authenticate
         self._serve = serve
         self._credentials = credentials
+        self._tell_lost = lost
         self._limit = limit
         self._clock = clock
         self._spawn = spawn
@@ -193,6 +196,8 @@ class Handover:
                 "the carrier of bulk streams is gone, and %d streams with it; the next connection "
                 "starts another", len(carrier.streams),
             )  # fmt: skip
+            if carrier.streams:
+                self._tell_lost()
 
     def _not_idle(self) -> None:
         if self._idle_timer is not None:

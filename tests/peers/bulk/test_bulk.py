@@ -384,6 +384,7 @@ async def test_a_carrier_that_dies_costs_its_streams_only(nodes: Any) -> None:
         await b.do(stream.receive)
     stream.close()
     await until(lambda: a.session.bulk._carrier is None, "noticed")
+    assert a.bulk_losses == 1
     assert a.peer(b.station) is not None
     assert a.session.linking.links.get(b.station.id) is not None
     a.session.bulk._next_start_at = 0.0
@@ -391,6 +392,10 @@ async def test_a_carrier_that_dies_costs_its_streams_only(nodes: Any) -> None:
     assert second["pid"] != answer["pid"]
     assert await b.do(partial(read, again, 10)) == b"\x0a" * 10
     again.close()
+    await until(lambda: not a.session.bulk.streams, "the stream has ended")
+    os.kill(second["pid"], signal.SIGKILL)
+    await until(lambda: a.session.bulk._carrier is None, "noticed again")
+    assert a.bulk_losses == 1  # nobody lost anything
 
 
 async def test_a_carrier_that_cannot_start_is_not_tried_again_at_once(
