@@ -51,7 +51,7 @@ BACKENDS = {
         ({"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}),
     ),
     # Threads of two engines that wait for each other would hold both up on few cores.
-    "cpu": Backend("cpu", WIDE, "650MB", 2048, 32, 1, ({"MESHD_ENGINE__THREADS": "1"},) * 2),
+    "cpu": Backend("cpu", WIDE, "560MB", 2048, 32, 1, ({"MESHD_ENGINE__THREADS": "1"},) * 2),
 }
 
 
@@ -148,6 +148,8 @@ def split(lab: Lab, backend: Backend, host: SplitNode, worker: SplitNode, solo: 
     told = ", ".join(f"{w['node']} {w['share']:.0%}, {w['bytes'] / 1e9:.2f} GB" for w in workers)
     names = [w["node"] for w in workers]
     lab.note("two nodes: plan", names == [worker.name], f"{plan.get('kind')}: {told or 'nobody'}")
+    if names != [worker.name]:
+        raise SystemExit(lab.table())
     speed = speed_of(host, backend)
     pairs = zip(speed.text, solo.text, strict=True)
     same = next((n for n, (ours, theirs) in enumerate(pairs) if ours != theirs), backend.tokens)
@@ -202,8 +204,8 @@ def worker_killed(lab: Lab, backend: Backend, host: SplitNode, worker: SplitNode
         f"refused after {ended_s:.2f} s ({refusal[0]} {refusal[1]}); of its rpc-server and the "
         f"host's llama-server {len(alive)} live on",
     )
-    host.wait(lambda: host.model().get("state") == "waiting", "it says what is missing")
-    lab.note("without it", bool(host.model()["reason"]), str(host.model()["reason"])[:300])
+    host.wait(lambda: " short" in (host.model().get("reason") or ""), "it says what lacks")
+    lab.note("without it", host.model()["state"] == "waiting", host.model()["reason"][:300])
     began = worker.start("--max-vram", backend.room)
     back_s = host.wait(lambda: host.chat()[0] == 200, "it serves again") - began
     lab.note("the worker comes back", True, f"served again {back_s:.2f} s after its start")
