@@ -28,6 +28,7 @@ class Answer:
     """Whose engine answered; empty for a refusal."""
     code: str
     """Of an error; empty for an answer."""
+    retry_after: str | None = None
 
 
 class Asker:
@@ -76,7 +77,8 @@ class Asker:
                 return
             code = "" if status == 200 else str(json.loads(text)["error"]["code"])
             node = headers.get("x-meshd-node", "") if status == 200 else ""
-            self.answers.append(Answer(time.monotonic(), status, node, code))
+            again = headers.get("retry-after")
+            self.answers.append(Answer(time.monotonic(), status, node, code, again))
 
 
 class LongStream:

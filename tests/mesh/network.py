@@ -18,6 +18,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -64,23 +65,10 @@ class Host:
     """IPv4; None for a host without."""
     address6: str
 
-    @contextlib.contextmanager
-    def inside(self) -> Iterator[None]:
+    def inside(self) -> AbstractContextManager[None]:
         """The calling thread is on this host: sockets it makes and children it starts are too,
         and threads it starts stay there."""
-        before = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-        try:
-            there = os.open(NAMESPACES / self.namespace, os.O_RDONLY)
-            try:
-                _set_namespace(there)
-            finally:
-                os.close(there)
-            try:
-                yield
-            finally:
-                _set_namespace(before)
-        finally:
-            os.close(before)
+        return _inside(self.namespace)
 
     def slow_down(self, rate: str) -> None:
         """Let it send no faster than `rate`, as `tc` writes it (`20mbit`)."""
@@ -96,6 +84,10 @@ class Host:
             return subprocess.run(
                 list(argv), capture_output=True, text=True, timeout=timeout_s, check=False
             )
+
+    def processes(self) -> list[psutil.Process]:
+        """All that run on this host."""
+        return _processes(self.namespace)
 
 
 @dataclass
@@ -148,6 +140,11 @@ class Network:
             _remove(host.namespace)
         self.hosts.clear()
         _remove(self._switch)
+
+    def inside(self) -> AbstractContextManager[None]:
+        """The calling thread is in the switch; see `Host.inside`. Frames that hosts send come in at
+        interfaces called as their `port`."""
+        return _inside(self._switch)
 
     def add(self, name: str, *, ipv4: bool = True) -> Host:
         """A new host, with IPv6 and, unless told otherwise, IPv4."""
@@ -272,10 +269,35 @@ def _mark_of(pid: int) -> str | None:
 def _remove(namespace: str) -> None:
     if not (NAMESPACES / namespace).exists():
         return
-    for pid in _check(["ip", "netns", "pids", namespace]).split():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(pid), 9)
+    for process in _processes(namespace):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     _ip("netns", "del", namespace)
+
+
+def _processes(namespace: str) -> list[psutil.Process]:
+    found = []
+    for pid in _check(["ip", "netns", "pids", namespace]).split():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.append(psutil.Process(int(pid)))
+    return found
+
+
+@contextlib.contextmanager
+def _inside(namespace: str) -> Iterator[None]:
+    before = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+    try:
+        there = os.open(NAMESPACES / namespace, os.O_RDONLY)
+        try:
+            _set_namespace(there)
+        finally:
+            os.close(there)
+        try:
+            yield
+        finally:
+            _set_namespace(before)
+    finally:
+        os.close(before)
 
 
 def _set_of(ports: frozenset[str]) -> str:
