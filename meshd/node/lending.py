@@ -48,6 +48,8 @@ class _Held:
     tunnelled: bool = False
     """Its host has opened a tunnel to the server."""
     cache: TensorCache | None = None
+    keeps: str | None = None
+    """Digest of the weights whose tensors nobody but its server keeps meanwhile."""
     before: Kept | None = None
     """What lay in the cache before its host connected."""
 
@@ -80,7 +82,10 @@ class Lending(Service):
             config.data_dir / "tensors", parse_size(config.engine.tensor_cache)
         )
         self._held: dict[LoanId, _Held] = {}
-        self._leaving: set[asyncio.Task[None]] = set()
+        self._leaving: dict[asyncio.Task[None], str | None] = {}
+        """What takes loans back, with the digest of the weights each was for."""
+        self._keeping: set[str] = set()
+        """Digests of weights whose tensors a server keeps, or may still write."""
         self._returned = asyncio.Event()
         """No loan is left."""
         self._open = False
@@ -141,7 +146,7 @@ class Lending(Service):
         assert binary is not None, "looked at when it was granted"
         moved("starting the RPC server")
         tensors = await self._tensors(ask)
-        held.cache = await self._cache_for(loan)
+        held.cache = await self._cache_for(held)
         held.server = await RpcServer.start(
             RpcSpec(
                 loan=loan.id,
@@ -176,11 +181,11 @@ class Lending(Service):
         held = self._held.pop(loan.id)
         log.info("the loan for %s ends: %s", loan.ask.model, reason)
         task = self.spawn(self._take_back(held), name="take a loan back")
-        self._leaving.add(task)
+        self._leaving[task] = _weights(loan.ask)
         task.add_done_callback(self._left)
 
     def _left(self, task: asyncio.Task[None]) -> None:
-        self._leaving.discard(task)
+        del self._leaving[task]
         if not self._held and not self._leaving:
             self._returned.set()
 
@@ -228,23 +233,35 @@ class Lending(Service):
         whole = tuple(TensorExtent(*place) for place in places)
         return held_by(ask.part, whole)
 
-    async def _cache_for(self, loan: Loan) -> TensorCache | None:
-        digest = loan.ask.digest
-        if digest is None:
+    async def _cache_for(self, held: _Held) -> TensorCache | None:
+        """One server at a time keeps tensors of one digest: another one would take what that has
+        half written for whole."""
+        digest, part = _weights(held.loan.ask), held.loan.ask.part
+        if leaving := [t for t, other in self._leaving.items() if other == digest]:
+            await asyncio.wait(leaving)
+        if digest is None or digest in self._keeping:
             return None
-        others = [h.loan for h in self._held.values() if h.loan.id != loan.id]
-        in_use = [other.ask.digest for other in others if other.ask.digest is not None]
+        self._keeping.add(digest)
+        held.keeps = digest
+        cache = None
         try:
-            return await self._pool.run(self._open_cache, digest, loan.ask.part.bytes, in_use)
+            cache = await self._pool.run(self._open_cache, digest, part.bytes, set(self._keeping))
         except (MeshdError, OSError) as error:
-            log.warning("no tensors are kept of %s: %s", loan.ask.model, error)
-            return None
+            log.warning("no tensors are kept of %s: %s", held.loan.ask.model, error)
+        if cache is None:
+            self._keep_no_more(held)
+        return cache
+
+    def _keep_no_more(self, held: _Held) -> None:
+        if held.keeps is not None:
+            self._keeping.remove(held.keeps)
+            held.keeps = None
 
     def _open_cache(
         self, digest: str, needed_bytes: int, in_use: Collection[str]
     ) -> TensorCache | None:
-        cache = self._caches.directory(digest, needed_bytes, in_use)
-        self._caches.prune([*in_use, digest])
+        cache = self._caches.directory(digest, needed_bytes)
+        self._caches.prune(in_use)
         return cache
 
     async def _take_back(self, held: _Held) -> None:
@@ -255,6 +272,7 @@ class Lending(Service):
         except (MeshdError, OSError) as error:
             log.warning("what was sent of %s is not counted: %s", held.loan.ask.model, error)
         finally:
+            self._keep_no_more(held)
             self._room().loan_ended(held.loan.id)
 
     # -- watching ---------------------------------------------------------------------------------
@@ -287,6 +305,11 @@ class Lending(Service):
 
 def _rpc_binary(runtime: RuntimeView) -> str | None:
     return next((b.path for b in runtime.binaries if b.name.endswith("rpc-server")), None)
+
+
+def _weights(ask: LoanAsk) -> str | None:
+    """Their digest, written in the one of its two ways that names directories."""
+    return None if ask.digest is None else ask.digest.removeprefix("sha256:")
 
 
 def _words(ask: LoanAsk) -> str:

@@ -54,12 +54,10 @@ class TensorCaches:
         self._root = root
         self._limit_bytes = limit_bytes
 
-    def directory(
-        self, digest: str, needed_bytes: int, in_use: Collection[str] = ()
-    ) -> TensorCache | None:
+    def directory(self, digest: str, needed_bytes: int) -> TensorCache | None:
         """The cache for weights of that digest, in which `needed_bytes` are to find room; made if
-        there is none, and cleared of what may not be whole unless its digest is `in_use` by a
-        server. None if the room is not there: a server without a cache loads all the same.
+        there is none, and cleared of what may not be whole: no server may run on it. None if the
+        room is not there: a server without a cache loads all the same.
 
         Raises BadReference if `digest` is no SHA-256, OSError if the disk refuses.
         """
@@ -69,8 +67,7 @@ class TensorCaches:
         path.chmod(0o700)
         os.utime(path)  # it was used now
         cache = TensorCache(path)
-        if name not in {_name(used) for used in in_use}:
-            cache.clear_doubtful()
+        cache.clear_doubtful()
         missing = max(0, needed_bytes - sum(f.size for f in cache.files().values()))
         if needed_bytes > self._limit_bytes or (missing and not _has_room(path, missing)):
             return None

@@ -136,14 +136,6 @@ def test_what_a_server_may_have_left_half_written_is_removed(
     assert names(opened(caches)) == {"f1"}
 
 
-def test_what_another_server_may_be_writing_is_left_alone(
-    caches: TensorCaches, cache: TensorCache
-) -> None:
-    put(cache, "pushed", 50)
-    assert caches.directory(DIGEST, 0, in_use=[f"sha256:{DIGEST}"]) is not None
-    assert names(cache) == {"pushed"}
-
-
 def test_on_a_full_disk_pushed_files_may_be_short(
     caches: TensorCaches, cache: TensorCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
