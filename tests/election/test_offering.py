@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshd.election.fit import Fit
+from meshd.election.fit import HOST, Fit, SplitFit
 from meshd.election.ledger import Holder
 from meshd.election.offering import (
+    NOBODY_LENDS,
     SWAP_IDLE_S,
     UNKNOWN_SIZE,
     MemoryFit,
@@ -26,7 +27,7 @@ from meshd.election.offering import (
 )
 from meshd.election.words import Offer
 from meshd.ids import ModelId
-from meshd.view import Deployment, Suits
+from meshd.view import Deployment, Part, SplitPlan, Suits
 from tests.election.records import NODES
 
 M, A, B, C = (ModelId(name) for name in "mabc")
@@ -221,6 +222,112 @@ def test_victims_are_idle_enough_and_none_too_many(
         assert room(offer.victims) >= need
         fewer = combinations(offer.victims, len(offer.victims) - 1)
         assert all(room(some) < need for some in fewer)
+
+
+# -- splits ---------------------------------------------------------------------------------------
+
+PLAN = SplitPlan((Part(NODES[1], "b", (("gpu", 60),), (4,), 0, False, 0.6),), (("gpu", 3),))
+SPLIT = SplitFit(True, "60 with b", PLAN, {"gpu": 40}, needed=100, headroom=33)
+
+
+def split_or_not(
+    node: NodeFacts, fit: MemoryFit, found: SplitFit | None, *, forced: bool = False
+) -> Offer:
+    def split(_: Deployment, free: Mapping[str, int]) -> SplitFit | None:
+        asked.append(dict(free))
+        return found
+
+    asked: list[Mapping[str, int]] = []
+    wish = replace(deployment(), split=forced)
+    (offer,) = offers([wish], node, fit, NOW, split=split)
+    assert bool(asked) is (offer.bid.suits in (Suits.SPLIT, Suits.NO)), "asked only if it counts"
+    return offer
+
+
+def test_6_what_fits_here_is_not_split() -> None:
+    offer = split_or_not(NodeFacts({"gpu": 100}), needing(gpu=100), SPLIT)
+    assert (offer.bid.suits, offer.plan, offer.bid.workers) == (Suits.YES, None, 0)
+
+
+def test_6_what_fits_if_others_sleep_is_not_split() -> None:
+    offer = split_or_not(swapping({A: IDLE}, a=60), needing(gpu=80), SPLIT)
+    assert (offer.bid.suits, offer.plan, offer.victims) == (Suits.SWAP, None, (A,))
+
+
+def test_6_what_does_not_fit_is_offered_with_others_memory() -> None:
+    offer = split_or_not(NodeFacts({"gpu": 80}), needing(gpu=100), SPLIT)
+    bid = offer.bid
+    assert (bid.suits, bid.workers, bid.reason) == (Suits.SPLIT, 1, "60 with b")
+    assert (offer.plan, offer.memory, offer.victims) == (PLAN, {"gpu": 40}, ())
+    assert (bid.needs_bytes, bid.free_bytes) == (100, coarse(133))
+    assert bid.headroom == 8, "of this node's part"
+
+
+def test_6_a_split_counts_with_what_is_free_now() -> None:
+    seen = []
+
+    def split(_: Deployment, free: Mapping[str, int]) -> SplitFit:
+        seen.append(dict(free))
+        return SPLIT
+
+    node = NodeFacts({"gpu": 80}, {M: {"gpu": 40}, A: {"gpu": 15}})
+    offers([deployment()], node, needing(gpu=100), NOW, split=split)
+    assert seen == [{"gpu": 65}], "the model's own lease is as good as free"
+
+
+@pytest.mark.parametrize(
+    ("plan", "accelerated"),
+    [
+        (PLAN, True),
+        (replace(PLAN, beside=2), False),
+        (replace(PLAN, parts=(replace(PLAN.parts[0], memory=((HOST, 60),)),)), False),
+        (replace(PLAN, parts=(replace(PLAN.parts[0], memory=(("gpu", 9), (HOST, 9))),)), False),
+    ],
+)
+def test_6_a_split_is_accelerated_if_all_layers_lie_on_accelerators(
+    plan: SplitPlan, accelerated: bool
+) -> None:
+    found = replace(SPLIT, plan=plan)
+    offer = split_or_not(NodeFacts({"gpu": 80}), needing(gpu=100), found)
+    assert offer.bid.accelerated is accelerated
+
+
+def test_6_a_split_that_is_wanted_is_made_though_it_fits_here() -> None:
+    offer = split_or_not(NodeFacts({"gpu": 200}), needing(gpu=100), SPLIT, forced=True)
+    assert (offer.bid.suits, offer.plan) == (Suits.SPLIT, PLAN)
+    assert offer.bid.headroom == 12
+
+
+def test_6_a_split_that_is_wanted_and_cannot_be_is_no_bid() -> None:
+    node, fit = NodeFacts({"gpu": 200}), needing(gpu=100)
+    short = SplitFit(False, "5 short even if it is split: b lends 2", needed=100, missing=5)
+    for found, words in ((None, NOBODY_LENDS), (short, short.words)):
+        offer = split_or_not(node, fit, found, forced=True)
+        assert (offer.bid.suits, offer.bid.reason, offer.plan) == (Suits.NO, words, None)
+
+
+def test_6_what_does_not_fit_even_so_says_what_lacks_here_and_in_all() -> None:
+    short = SplitFit(False, "10 B short even if it is split: b lends 20 B", needed=100, missing=10)
+    offer = split_or_not(NodeFacts({"gpu": 70}), needing(gpu=100), short)
+    assert (offer.bid.suits, offer.plan, offer.memory) == (Suits.NO, None, {})
+    assert offer.bid.reason == f"needs 100 B, {coarse(70)} B free here; {short.words}"
+    assert (offer.bid.needs_bytes, offer.bid.free_bytes) == (100, coarse(70))
+
+
+def test_6_without_other_nodes_only_this_one_is_spoken_of() -> None:
+    offer = split_or_not(NodeFacts({"gpu": 70}), needing(gpu=100), None)
+    assert (offer.bid.suits, offer.bid.reason) == (Suits.NO, "30 short")
+
+
+def test_6_a_size_that_is_not_known_cannot_be_split() -> None:
+    (offer,) = offers(
+        [replace(deployment(), split=True)],
+        NodeFacts({"gpu": 100}),
+        lambda _, __: None,
+        NOW,
+        split=lambda _, __: pytest.fail("asked for a split"),
+    )
+    assert offer.bid.reason == UNKNOWN_SIZE
 
 
 # -- coarse figures -------------------------------------------------------------------------------
