@@ -44,11 +44,18 @@ Rules, numbered as in the code:
     is lost, the host keeps its claim and plans anew with those that are left, `REPLANS` times in a
     row; it gives up if nothing fits, and others may try.
 16. Memory is lent to hosts of other plans from the same ledger (lending.py).
+
+What an event cannot have touched is not looked at anew: in a large mesh nearly every event is about
+none of the models, or one. A model stays open, and is reviewed at every event, while it is hosted
+here, or while this node would fill a gap of it: that depends on all the others' bids, on the own
+offers and on the time. Otherwise it is settled, and reviewed only when what settled it may be
+otherwise: its record, the claims of it and whether their nodes may host, the hosts that are wanted,
+the own offer, and whether this node drains.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import assert_never
@@ -111,6 +118,8 @@ class Election:
         self._lending = Lending(self._held.ledger, self._held.outdate_offers)
         self._turns = Turns()
         self._offers: Mapping[ModelId, Offer] = {}
+        self._open: set[ModelId] = set()
+        """To be reviewed at every event."""
         self._waits: list[float] = []
         """When bids or claims of others need no longer be waited for, as of the last event."""
         self._published: tuple[Claim, ...] = ()
@@ -138,8 +147,8 @@ class Election:
     def handle(self, event: Event, now: float) -> list[Effect]:
         holdings, self._waits = self._held, []
         holdings.begin()
-        self._take(event, now)
-        for model in sorted({*self._outlook.deployments, *holdings.hosted}):
+        touched = self._take(event, now)
+        for model in sorted({*touched, *self._open}):
             self._review(model, now)
         claims = tuple(c for _, h in sorted(holdings.hosted.items()) if (c := h.claim) is not None)
         holdings.orders += self._lending.look(self._outlook, {c.model: c for c in claims}, now)
@@ -152,13 +161,15 @@ class Election:
 
     # -- events -----------------------------------------------------------------------------------
 
-    def _take(self, event: Event, now: float) -> None:
+    def _take(self, event: Event, now: float) -> Collection[ModelId]:
+        """The models that may not be settled any more."""
         match event:
             case NodesSeen() | DeploymentsSeen() | DemandMoved() | DrainAsked():
-                self._outlook.take(event, now)
+                return self._outlook.take(event, now)
             case OffersMade():
                 self._offers = {offer.bid.model: offer for offer in event.offers}
                 self._held.offers_hold = True
+                return self._outlook.deployments
             case CapacityMeasured():
                 self._held.ledger.set_capacity(event.memory)
             case HostReported():
@@ -174,6 +185,7 @@ class Election:
                 pass
             case _:
                 assert_never(event)
+        return ()
 
     def _lend(self, event: LoanAsked | LoanRenewed | LoanEnded, now: float) -> None:
         """Rule 16."""
@@ -215,8 +227,10 @@ class Election:
         deployment, hosted = self._outlook.deployments.get(model), self._held.hosted.get(model)
         if hosted is not None:
             self._keep(hosted, deployment, now)
-        if deployment is not None and model not in self._held.hosted:
-            self._consider(deployment, now)
+        settled = model not in self._held.hosted and (
+            deployment is None or not self._consider(deployment, now)
+        )
+        (self._open.discard if settled else self._open.add)(model)
 
     def _keep(self, hosted: Hosted, deployment: Deployment | None, now: float) -> None:
         """Whether what is hosted goes on."""
@@ -294,13 +308,14 @@ class Election:
         ):
             self._held.give_up(hosted, f"{barred}; no other node can host it", "moved")
 
-    def _consider(self, deployment: Deployment, now: float) -> None:
-        """Whether it is this node's turn to claim what it does not host."""
+    def _consider(self, deployment: Deployment, now: float) -> bool:
+        """Claim what it does not host if it is its turn. Whether there is a gap that it would
+        fill."""
         model, outlook = deployment.model, self._outlook
         if deployment.removed:
             self._held.failures.pop(model, None)
             self._turns.forget(model)
-            return
+            return False
         claimants = outlook.claimants(model, None)
         found = contenders(deployment, claimants)
         wanted = wanted_replicas(deployment, outlook.demand)
@@ -311,14 +326,14 @@ class Election:
             own = ranked(outlook.myself(model, bid=offer.bid), deployment)
         if own is None or offer is None:
             self._turns.over(model)
-            return
+            return False
         if not self._held.offers_hold or self._bids_missing(deployment, now):  # 11, 5
-            return
+            return True
         if self._awaits_claim(deployment, own, wanted - len(found), now):  # 4, 10
-            return
+            return True
         if offer.bid.suits is Suits.SWAP:
             self._held.make_room(offer, outlook.deployments)
-            return
+            return True
         cause, lead = outlook.cause_of_claim(
             deployment, found, wanted, self._held.failures.get(model, 0)
         )
@@ -331,9 +346,10 @@ class Election:
         if shortage is not None:
             claiming = replace(claiming, epoch=epoch)
             self._held.fail(claiming, f"its bid was wrong: {shortage}", now)  # 7
-            return
+            return True
         self._held.outdate_offers()
         self._held.put(replace(claiming, epoch=self._save_next_epoch(model)))  # 6
+        return True
 
     def _bids_missing(self, deployment: Deployment, now: float) -> bool:
         """Whether others may yet bid; asks to be woken when that is over (5)."""

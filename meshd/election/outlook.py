@@ -3,15 +3,18 @@
 Other nodes' words are replaced whole, so what is kept of them is bounded by the adverts; last hosts
 are kept by models that a deployment was ever seen of. Epochs count as soon as they are heard, also
 of models whose record is still on its way: the claim may be gone when it comes.
+
+In a large mesh a view says little that is new. What is the same object as before is taken to say
+the same, and is not looked into.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final
 
-from meshd.election.claims import Contender, highest_epoch
+from meshd.election.claims import Contender
 from meshd.election.words import (
     DemandMoved,
     DeploymentsSeen,
@@ -44,7 +47,8 @@ class Outlook:
         self.deployments: dict[ModelId, Deployment] = {}
         self.seen_at: dict[ModelId, float] = {}
         """When the record that there is came."""
-        self._claimants: dict[ModelId, list[Standing]] = {}
+        self._claimants: dict[ModelId, dict[NodeId, Standing]] = {}
+        """The others with a claim, of any state."""
         self._own = dict(epochs)
         """Saved or drawn here."""
         self._heard: dict[ModelId, int] = {}
@@ -55,33 +59,44 @@ class Outlook:
 
     def take(
         self, event: NodesSeen | DeploymentsSeen | DemandMoved | DrainAsked, now: float
-    ) -> None:
+    ) -> Collection[ModelId]:
+        """Models of which a record, a claim, whether a claimant may host, or how many hosts are
+        wanted may be otherwise now."""
         match event:
             case NodesSeen():
-                self.see_nodes(event.nodes)
+                return self.see_nodes(event.nodes)
             case DeploymentsSeen():
-                self.see_deployments(event.records, now)
+                return self.see_deployments(event.records, now)
             case DemandMoved():
                 self.demand = event.replicas
             case DrainAsked():
                 self.draining = event.on
+        return self.deployments
 
-    def see_nodes(self, nodes: Iterable[Standing]) -> None:
+    def see_nodes(self, nodes: Iterable[Standing]) -> Collection[ModelId]:
         """A word of this node itself is of an earlier run of it: only its epochs count."""
-        self.heard = True
-        self.others, self._claimants = {}, {}
-        for node in nodes:
-            if node.node == self.own:
-                for model, claim in node.claims.items():
-                    self._hear_epoch(model, claim.epoch)
-                continue
-            self.others[node.node] = node
-            for model in node.claims:
-                self._claimants.setdefault(model, []).append(node)
-        for model, claimants in self._claimants.items():
-            self._hear_epoch(model, highest_epoch(model, claimants))
+        before, self.others = self.others, {node.node: node for node in nodes}
+        if (earlier := self.others.pop(self.own, None)) is not None:
+            self._hear_epochs(earlier)
+        touched: set[ModelId] = set()
+        for node in before.values():
+            if self.others.get(node.node) is not node:
+                for model in node.claims:
+                    del self._claimants[model][node.node]
+                touched.update(node.claims)
+        for node in self.others.values():
+            if before.get(node.node) is not node:
+                for model in node.claims:
+                    self._claimants.setdefault(model, {})[node.node] = node
+                touched.update(node.claims)
+                self._hear_epochs(node)
+        for model in touched:
+            if not self._claimants[model]:
+                del self._claimants[model]
+        first, self.heard = not self.heard, True
+        return self.deployments if first else touched
 
-    def see_deployments(self, records: Iterable[Deployment], now: float) -> None:
+    def see_deployments(self, records: Iterable[Deployment], now: float) -> Collection[ModelId]:
         before = self.deployments
         self.deployments = {r.model: r for r in records}
         self.seen_at = {
@@ -89,6 +104,10 @@ class Outlook:
             if model in before and before[model].stamp == record.stamp
             else now
             for model, record in self.deployments.items()
+        }
+        return {
+            *(m for m, record in self.deployments.items() if before.get(m) is not record),
+            *(m for m in before if m not in self.deployments),
         }
 
     def myself(
@@ -105,8 +124,8 @@ class Outlook:
 
     def claimants(self, model: ModelId, own: Claim | None) -> Sequence[Standing]:
         """All nodes with a claim of `model`, this one too if it has one."""
-        others = self._claimants.get(model, [])
-        return others if own is None else [*others, self.myself(model, claim=own)]
+        others = self._claimants.get(model, {}).values()
+        return [*others] if own is None else [*others, self.myself(model, claim=own)]
 
     # -- epochs -----------------------------------------------------------------------------------
 
@@ -123,9 +142,10 @@ class Outlook:
         self._own[model] = self.epoch(model) + 1
         return self._own[model]
 
-    def _hear_epoch(self, model: ModelId, epoch: int) -> None:
-        if epoch > self.heard_epoch(model):
-            self._heard[model] = epoch
+    def _hear_epochs(self, node: Standing) -> None:
+        for model, claim in node.claims.items():
+            if claim.epoch > self.heard_epoch(model):
+                self._heard[model] = claim.epoch
         while len(self._heard) > MAX_EPOCHS:
             lowest = min(self._heard, key=self._heard.__getitem__)
             self._floor = max(self._floor, self._heard.pop(lowest))
@@ -151,7 +171,7 @@ class Outlook:
         if gone:
             return "died", f"{', '.join(sorted(gone))} is gone"
         holding = {c.node.node for c in standing}
-        for node in sorted(self._claimants.get(model, ()), key=lambda n: n.node):
+        for node in sorted(self.claimants(model, None), key=lambda n: n.node):
             claim = node.claims[model]
             if claim.state is ClaimState.FAILED:
                 return "failed", f"{node.name} failed: {claim.reason}"
