@@ -235,11 +235,17 @@ class RpcServer:
             self._pid_file.unlink(missing_ok=True)
         if self._running:
             self._running = False
-            self._on_exit(self._failed(f"ended with status {status}").message)
+            self._on_exit(self._ended(status))
 
     @property
     def _pid_file(self) -> Path:
         return self._run_dir / f"{self.spec.loan}.pid"
+
+    def _ended(self, status: int) -> str:
+        what = f"ended with status {status}"
+        if status == -signal.SIGKILL:  # what it said before has nothing to do with it
+            return f"the rpc-server of {self.spec.model} {what}"
+        return self._failed(what).message
 
     def _failed(self, what: str) -> MeshdError:
         words = " / ".join(self._last_words()) or "nothing"
