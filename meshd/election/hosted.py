@@ -14,9 +14,9 @@ broken disk should not be asked every few seconds, one that was short of memory 
 REPLANS = 3
 """Losses of workers in a row after each of which a host plans anew; after one more it is passed
 over as after a failure of its own."""
-REPLAN_WAIT_S = 3.0
+REPLAN_WAIT_S = 6.0
 """How long a plan is sought after a worker was lost: as long as it takes to hear what the others
-lend now, and whether the lost one is dead."""
+lend now, and to ask the lost one again if it is not dead."""
 PROVED_S = 600.0
 """READY for so long, and the failures before are forgotten."""
 

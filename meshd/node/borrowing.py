@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 TUNNELS: Final = (sys.executable, "-P", "-m", "meshd.tunnel")
 COUNTED_S: Final = 2.0
 """After which what tunnels carried until now has been counted."""
-AVOIDED_S: Final = 10.0
-"""How long a node that refused, or was lost, is left out of plans; if it is gone for good,
-membership says so long before."""
+AVOIDED_S: Final = 3.0
+"""How long a node that refused, or was lost, is left out of plans. If it is dead, membership says
+so by then; if it is not, it may be the only one there is."""
 
 
 class Borrowing:
@@ -46,8 +46,8 @@ class Borrowing:
         self._fastest: dict[NodeId, float] = {}
         """Bytes per second of the busiest second of a tunnel."""
         self._carried: Counter[tuple[NodeId, str]] = Counter()
-        self._loading: dict[ModelId, tuple[SplitPlan, int]] = {}
-        """Plans whose engines load, and what their workers had been sent before."""
+        self._loading: dict[ModelId, tuple[Borrowed, SplitPlan, int]] = {}
+        """What is borrowed for engines that load, and what its workers had been sent before."""
         board.subscribe(self._view_changed)
 
     async def borrow(
@@ -79,7 +79,7 @@ class Borrowing:
         except SplitFailed as error:
             self._avoid(error.workers)
             raise
-        self._loading[model] = order.plan, self._sent(order.plan)
+        self._loading[model] = borrowed, order.plan, self._sent(order.plan)
         return borrowed
 
     def avoided(self) -> Collection[NodeId]:
@@ -128,8 +128,9 @@ class Borrowing:
         for model in tuple(self._loading):
             seen = view.local.get(model)
             if seen is None or seen.state is not ModelState.LOADING:
-                plan, before = self._loading.pop(model)
+                borrowed, plan, before = self._loading.pop(model)
                 if seen is not None and seen.state is ModelState.READY:
+                    borrowed.loaded()
                     loop = asyncio.get_running_loop()
                     loop.call_later(COUNTED_S, self._tell_of_load, model, plan, before)
 

@@ -51,7 +51,7 @@ class _Held:
     keeps: str | None = None
     """Digest of the weights whose tensors nobody but its server keeps meanwhile."""
     before: Kept | None = None
-    """What lay in the cache before its host connected."""
+    """What lay in the cache when it was last counted what its host sends."""
 
 
 class Lending(Service):
@@ -174,6 +174,10 @@ class Lending(Service):
         held.before = await self._pool.run(held.cache.files)
         return warmed.held
 
+    def loaded(self, loan: Loan) -> None:
+        held = self._held[loan.id]
+        self.spawn(self._settle(held), name="count what was sent")
+
     def renew(self, loan: Loan) -> None:
         self._room().loan_renewed(loan.id)
 
@@ -264,6 +268,13 @@ class Lending(Service):
         self._caches.prune(in_use)
         return cache
 
+    async def _settle(self, held: _Held) -> None:
+        """Its host is served: what its server has written is whole."""
+        try:
+            await self._count(held, whole=True)
+        except (MeshdError, OSError) as error:
+            log.warning("what was sent of %s is not counted: %s", held.loan.ask.model, error)
+
     async def _take_back(self, held: _Held) -> None:
         try:
             if held.server is not None:
@@ -294,12 +305,15 @@ class Lending(Service):
             self.desk.end(held.loan.id, f"another user ({users}) is connected to its RPC server")
 
     async def _count(self, held: _Held, *, whole: bool) -> None:
-        """What its host sent. `whole`: its server was at rest when it ended."""
+        """What its host sent since it was last counted. `whole`: its server is at rest."""
         cache, before = held.cache, held.before
         if cache is None or before is None:
             return
         pushed = await self._pool.run(cache.measure, before, whole=whole)
+        held.before = await self._pool.run(cache.files)
         self.pushed_bytes += pushed
+        if not pushed:
+            return
         log.info("%d bytes of tensors of %s were sent by its host", pushed, held.loan.ask.model)
 
 

@@ -25,6 +25,7 @@ from meshd.peers.loans.words import (
     End,
     Ended,
     Granted,
+    Loaded,
     Moved,
     Refused,
     Serving,
@@ -106,6 +107,12 @@ class Borrowed:
         """Ids of the workers that `lost` was called for; empty before, and if it was for the
         tunnels."""
         return self._group.culprits
+
+    def loaded(self) -> None:
+        """The engine has generated a token: tell the workers that no more tensors come, so that
+        they know those they keep to be whole."""
+        for worker in self._group.workers:
+            worker.line.say(Loaded())
 
     async def end(self, reason: str) -> None:
         """Give it all back, within `END_S`; `lost` is not called from now on. May be called

@@ -27,6 +27,7 @@ from meshd.peers.loans.words import (
     End,
     Ended,
     Granted,
+    Loaded,
     Moved,
     Refused,
     Serving,
@@ -54,6 +55,9 @@ class Lender(Protocol):
         `moved`: what it is at, for people; the host gives a commit up that says nothing for 30 s.
         Cancelled when the loan ends. Raises MeshdError.
         """
+
+    def loaded(self, loan: Loan) -> None:
+        """Its host has sent all tensors there are; only while it serves."""
 
     def renew(self, loan: Loan) -> None:
         """The host is there: it has just been heard."""
@@ -153,6 +157,10 @@ class _Lent:
                 if self._state is not _State.GRANTED or self.loan is None:
                     raise ProtocolError("it committed what was not granted, or twice")
                 self._begin(self.loan)
+            case Loaded():
+                if self._state is not _State.SERVING or self.loan is None:
+                    raise ProtocolError("it loaded what is not served")
+                self._lender.loaded(self.loan)
             case End():
                 self.line.hang_up()
                 self._finish(word.reason)

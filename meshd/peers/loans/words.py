@@ -4,6 +4,7 @@ Frames (`frames.py`) on a raw stream of service `loan`, which the host opens:
 
     host    ask      model, epoch, rpc_protocol, digest, part: first of all, once
             commit   all workers have granted: make it usable
+            loaded   the engine is loaded: no more weights come
             end      reason: the memory is not needed any more
     worker  granted  loan: leased, for as long as the stream lives
             refused  reason, message: an answer to `ask`
@@ -104,6 +105,12 @@ class Commit(WireModel):
     t: Literal["commit"] = "commit"
 
 
+class Loaded(WireModel):
+    """The engine has everything it sends while it loads: the model has generated a token."""
+
+    t: Literal["loaded"] = "loaded"
+
+
 class Beat(WireModel):
     t: Literal["beat"] = "beat"
 
@@ -140,11 +147,11 @@ class Ended(WireModel):
     reason: _Words = ""
 
 
-HostWord: TypeAlias = Ask | Commit | Beat | End
+HostWord: TypeAlias = Ask | Commit | Loaded | Beat | End
 WorkerWord: TypeAlias = Granted | Refused | Moved | Serving | Beat | Ended
 
 _HOST_WORDS: Final[Mapping[str, type[HostWord]]] = {
-    "ask": Ask, "commit": Commit, "beat": Beat, "end": End,
+    "ask": Ask, "commit": Commit, "loaded": Loaded, "beat": Beat, "end": End,
 }  # fmt: skip
 _WORKER_WORDS: Final[Mapping[str, type[WorkerWord]]] = {
     "granted": Granted, "refused": Refused, "moved": Moved, "serving": Serving, "beat": Beat,

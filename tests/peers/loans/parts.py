@@ -46,6 +46,9 @@ class FakeLender:
         self.hosts: list[NodeId] = []
         self.committing = asyncio.Event()
         self.commits_running = 0
+        self.loads: list[LoanId] = []
+        self.loading = asyncio.Event()
+        """Set when a host has loaded."""
         self.renewed = asyncio.Event()
         self.ends: list[tuple[LoanId, str]] = []
         self.ended = asyncio.Event()
@@ -71,6 +74,11 @@ class FakeLender:
             return self.warms
         finally:
             self.commits_running -= 1
+
+    def loaded(self, loan: Loan) -> None:
+        assert loan in self.granted
+        self.loads.append(loan.id)
+        self.loading.set()
 
     def renew(self, loan: Loan) -> None:
         assert loan in self.granted

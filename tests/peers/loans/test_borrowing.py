@@ -192,6 +192,10 @@ async def test_two_workers_lend_and_get_back(scene: Scene) -> None:
     assert borrowed.warmed == {one: 1000, two: 5}
     assert borrowed.warmed_bytes == 1005
     assert scene.moved == ["one: warming: 1 GiB of 3"]
+    borrowed.loaded()
+    async with asyncio.timeout(5):
+        await asyncio.gather(*(w.lender.loading.wait() for w in scene.workers))
+    assert [w.lender.loads for w in scene.workers] == [[first.id], [second.id]]
     await asyncio.gather(borrowed.end("the model was unloaded"), borrowed.end("again"))
     await scene.nothing_is_left()
     assert [reason for _, reason in scene.one.lender.ends] == ["the model was unloaded"]

@@ -23,6 +23,7 @@ from tests.peers.loans.test_words import JSON
 
 ASK = ask_to_wire(an_ask())
 COMMIT = {"t": "commit"}
+LOADED = {"t": "loaded"}
 BEAT = {"t": "beat"}
 END = {"t": "end", "reason": "unloaded"}
 CALM = Pace(beat_s=60.0, silent_s=240.0)
@@ -77,6 +78,8 @@ async def test_a_loan_from_the_ask_to_the_end() -> None:
     assert (await bench.said("serving"))["warmed_bytes"] == 1000
     assert bench.wire.kinds() == ["granted", "moved", "serving"]
     assert bench.wire.said[1] == {"t": "granted", "loan": loan.id}
+    bench.hear(LOADED)
+    assert bench.lender.loads == [loan.id]
     bench.hear(END)
     assert bench.lender.ends == [(loan.id, "unloaded")]
     assert bench.wire.is_closing()
@@ -178,6 +181,8 @@ async def test_a_desk_that_closes_ends_all() -> None:
         ((COMMIT,), 0),
         ((ASK, ASK), 1),
         ((ASK, COMMIT, COMMIT), 1),
+        ((ASK, LOADED), 1),
+        ((ASK, COMMIT, LOADED), 1),
         ((ASK, {**ASK, "epoch": "8"}), 1),
         (({**ASK, "part": {}},), 0),
     ],
@@ -238,7 +243,7 @@ async def test_progress_is_left_out_for_who_does_not_read() -> None:
 
 FRAMES = st.sampled_from([ASK, COMMIT, BEAT, END, {"t": "granted"}, {"t": "ask"}]) | st.builds(
     lambda kind, field, value: {**ASK, "t": kind, field: value},
-    st.sampled_from(["ask", "commit", "beat", "end", "ended"]),
+    st.sampled_from(["ask", "commit", "loaded", "beat", "end", "ended"]),
     st.sampled_from(["t", "part", "epoch", "reason", "model"]),
     JSON,
 )
