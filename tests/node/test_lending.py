@@ -386,6 +386,17 @@ async def test_the_end_of_the_node_waits_for_all_of_them(bench: Bench) -> None:
 # -- tunnels --------------------------------------------------------------------------------------
 
 
+async def test_with_the_process_of_tunnels_end_the_loans_that_had_some(bench: Bench) -> None:
+    first, second = bench.asked(), bench.asked(host=OTHER)
+    loan = await first.serving()
+    await second.serving()
+    bench.tunnel(loan)
+    bench.lending.tunnels_lost()
+    assert "carries its tunnels" in (await first.said("ended"))["reason"]
+    await wait_for(lambda: bench.room.ended == [loan], "and only that")
+    assert bench.metric("meshd_loans") == 1
+
+
 async def test_a_tunnel_leads_to_the_server_of_ones_own_loan_only(bench: Bench) -> None:
     stream = bench.asked()
     loan = (await stream.said("granted"))["loan"]
