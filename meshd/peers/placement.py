@@ -92,7 +92,8 @@ class AdvertWorker(WireModel):
     """Of a claim: who lends memory for it."""
 
     node: Annotated[str, StringConstraints(pattern=r"^[a-z2-7]{52}$")]
-    name: Annotated[str, StringConstraints(max_length=256)]
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    """As its host calls it: as a node may be named, perhaps with a suffix. It stands in headers."""
     share: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
     bytes: Counter
 

@@ -11,7 +11,8 @@ import pytest
 from meshd.api.events import QUEUE_LIMIT, EventHub, changes
 from meshd.api.listener import find_holder, open_listeners
 from meshd.errors import AddressInUse, BadConfig, ModelNotFound
-from meshd.view import ModelState, NodeState, View
+from meshd.ids import NodeId
+from meshd.view import ModelState, NodeState, View, WorkerShare
 from tests.api.conftest import Starter
 from tests.api.scripted import CHAT, Answer, Api, model_view, request
 
@@ -66,6 +67,19 @@ async def test_status_has_the_documented_shape(api: Api) -> None:
     }
     assert api.server.status()["models"] == status["models"]
     assert (await get(api, "/mesh/peers")).json() == []
+
+
+async def test_status_and_answers_name_who_lends_memory_for_a_model(api: Api) -> None:
+    solo = model_view(api.target())
+    workers = (WorkerShare(NodeId("b" * 52), "beta", 0.25, 400),)
+    api.publish(replace(solo, hosts=(replace(solo.hosts[0], workers=workers),)))
+    (model,) = (await get(api, "/mesh/status")).json()["models"]
+    assert model["hosts"][0]["plan"] == {
+        "kind": "split",
+        "workers": [{"node": "beta", "share": 0.25, "bytes": 400}],
+    }
+    answer = await api.ask(request(CHAT, "/v1/chat/completions"))
+    assert answer.headers["x-meshd-route"] == "local; workers=beta:0.25"
 
 
 async def test_a_plan_is_asked_for_by_reference(start_api: Starter) -> None:

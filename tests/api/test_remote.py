@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
 from meshd.api.connection import PEER_IDLE_S, Connection
 from meshd.api.pool import REMOTE
-from meshd.ids import InstanceId, ModelId
-from meshd.view import ModelState, NodeState, PeerState
+from meshd.ids import InstanceId, ModelId, NodeId
+from meshd.view import Claim, ClaimState, ModelState, NodeState, PeerState, WorkerShare
 from tests.api.conftest import Starter
 from tests.api.links import Links
 from tests.api.scripted import (
@@ -98,6 +98,26 @@ async def test_the_answer_is_the_hosts_byte_for_byte(
         assert answer.raw.lower().count(name) == 1
     (first, _), _ = pair.host.engine.requests
     assert b"x-request-id: mine-1\r\n" in first
+
+
+async def test_workers_that_lend_memory_for_an_engine_are_named(
+    start_api: Starter, links: Links, transport: str
+) -> None:
+    """By the entry, as long as the engine is the one they lend it for."""
+    pair = await make_pair(start_api, links, transport)
+    shares = (
+        WorkerShare(NodeId("b" * 52), "beta", 1 / 3, 1000),
+        WorkerShare(NodeId("c" * 52), "c-cccc", 0.25, 900),
+    )
+    split = Claim(ModelId("m"), 1, ClaimState.READY, 0, workers=shares)
+    pair.entry.publish_peers(replace(peer_view("host", "i1"), claims=(split,)))
+    answer = await pair.ask()
+    assert answer.headers["x-meshd-route"] == "remote; workers=beta:0.33,c-cccc:0.25"
+    moved = replace(split, workers=shares[1:])
+    pair.entry.publish_peers(replace(peer_view("host", "i1"), claims=(moved,)))
+    assert (await pair.ask()).headers["x-meshd-route"] == "remote; workers=c-cccc:0.25"
+    pair.entry.publish_peers(replace(peer_view("host", "i1"), claims=(replace(split, workers=()),)))
+    assert (await pair.ask()).headers["x-meshd-route"] == "remote"
 
 
 async def test_a_stream_is_passed_on_event_by_event(

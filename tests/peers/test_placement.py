@@ -59,7 +59,7 @@ names = st.text(min_size=1, max_size=256).map(ModelId)
 counters = st.integers(0, (1 << 53) - 1)
 sixteenths = st.integers(0, 15)
 workers = st.builds(
-    WorkerShare, st.sampled_from((A, B)), st.text(max_size=256),
+    WorkerShare, st.sampled_from((A, B)), st.text("bcB7._-", max_size=67).map("w".__add__),
     st.integers(0, 10_000).map(lambda share: share / 10_000), counters,
 )  # fmt: skip
 reasons = st.text(max_size=MAX_REASON_CHARS)
@@ -71,6 +71,16 @@ claims = st.builds(
     Claim, names, counters, st.sampled_from(ClaimState), counters, reasons,
     st.none() | st.integers(1, 300).map(float), st.lists(workers, max_size=16).map(tuple),
 )  # fmt: skip
+
+CLAIMED = {"model": "m", "epoch": 1, "state": "ready", "score": 1}
+WORKER = {"node": B, "name": "two-bbbb", "share": 0.5, "bytes": 1}
+BAD_WORKERS = [
+    *(WORKER | {"name": name} for name in ("", "a b", "a,b:1", "a\r\nx: y", "\u0107", "n" * 129)),
+    *(WORKER | {"share": share} for share in (-0.1, 1.1, float("nan"))),
+    WORKER | {"node": "b"},
+    WORKER | {"bytes": -1},
+]
+"""Names of workers stand in headers of answers."""
 
 
 def view(*, models: int = 0, idle: int = 0, **said: Any) -> View:
@@ -111,6 +121,13 @@ def test_a_bid_comes_out_as_it_went_in(bid: Bid) -> None:
 def test_a_claim_comes_out_as_it_went_in(claim: Claim) -> None:
     (wire,) = orjson.loads(orjson.dumps(claims_to_wire([claim])))
     assert AdvertClaim.model_validate(wire).to_view() == claim
+
+
+def test_a_worker_may_have_the_longest_name_there_is_with_a_suffix() -> None:
+    advert = describe(view(), "one", Role.MEMBER)
+    worker = WORKER | {"name": "n" * 63 + "-bbbb"}
+    read = Advert.model_validate({**advert, "claims": [CLAIMED | {"workers": [worker]}]})
+    assert read.claims[0].workers[0].to_view().name == worker["name"]
 
 
 def test_other_nodes_see_them() -> None:
@@ -271,6 +288,8 @@ def test_demand_makes_way_and_the_greatest_loads_go_last(role: Role) -> None:
         {"claims": [{"model": "m", "epoch": 1, "state": "king", "score": 1}]},
         {"claims": [{"model": "m", "epoch": 1, "state": "failed", "score": 1, "retry_in_s": -1}]},
         {"claims": [{"model": "m", "epoch": 1, "state": "ready", "score": 1}] * (MAX_CLAIMS + 1)},
+        *({"claims": [CLAIMED | {"workers": [worker]}]} for worker in BAD_WORKERS),
+        {"claims": [CLAIMED | {"workers": [WORKER] * 17}]},
         {"demand": [["m", 1.0]]},
         {"demand": {"": 1.0}},
         {"demand": {"m" * 257: 1.0}},
