@@ -19,7 +19,7 @@ from meshd.election.room import ElectionRoom, Needs
 from meshd.election.store import ElectionStore
 from meshd.election.words import StartHost
 from meshd.errors import BadReference, MeshdError, ModelNotFound, NotFound
-from meshd.ids import MeshId, ModelId, NodeId
+from meshd.ids import LoanId, MeshId, ModelId, NodeId
 from meshd.kernel import Board, Clock, FlightRecorder, MonotonicClock, Pool
 from meshd.view import (
     Claim,
@@ -37,6 +37,7 @@ from meshd.view import (
     ProofView,
     Role,
     RuntimeView,
+    SplitPlan,
     View,
     with_local,
     with_peers,
@@ -108,6 +109,8 @@ class Stage:
         self.store = ElectionStore(directory)
         self.pool = Pool("test", workers=2)
         self.started: list[tuple[Deployment, int | None]] = []
+        self.plans: list[SplitPlan | None] = []
+        """Of those."""
         self.stopped: list[tuple[ModelId, bool]] = []
         self.spread: list[tuple[ModelId, ...]] = []
         self.looked_at_devices = 0
@@ -120,6 +123,11 @@ class Stage:
         self.elsewhere: dict[str, str] = {}
         self.memory: dict[ModelId, Mapping[str, MemoryParts]] = {}
         self.others_expected = False
+        self.lends_nothing: str | None = "this node has no RPC server"
+        self.loans_to_end: list[tuple[LoanId, str]] = []
+        self.lost_workers: set[ModelId] = set()
+        """Models that failed for want of one."""
+        self.avoided: set[NodeId] = set()
         self.auto: str | None = None
         self.room = ElectionRoom(
             self.config,
@@ -219,11 +227,16 @@ class Stage:
             expects_others=lambda: self.others_expected,
             look_at_devices=self._look_at_devices,
             auto=self._auto,
+            lends=lambda: self.lends_nothing,
+            end_loan=lambda loan, reason: self.loans_to_end.append((loan, reason)),
+            worker_lost=self.lost_workers.__contains__,
+            avoided=lambda: self.avoided,
         )
 
     def _start(self, order: StartHost, prompts: int | None) -> None:
         deployment = order.deployment
         self.started.append((deployment, prompts))
+        self.plans.append(order.plan)
         if self.start_fails is not None:
             raise self.start_fails
         self.becomes(deployment.model, ModelState.LOADING, reason="loading")
