@@ -130,14 +130,21 @@ async def test_orders_reach_the_mesh(admin: Admin, controls: Controls) -> None:
 
 async def test_orders_for_models(admin: Admin) -> None:
     assert await admin.post("/load", {"ref": "r"}) == {"model": "named"}
-    more = {"ref": "r", "context": 4096, "parallel": 2, "replicas": 4096, "host": "attic"}
+    more = {
+        "ref": "r",
+        "context": 4096,
+        "parallel": 2,
+        "replicas": 4096,
+        "host": "attic",
+        "split": True,
+    }
     assert await admin.post("/load", more) == {"model": "named"}
     assert await admin.post("/load", {"ref": "r", "replicas": "auto"}) == {"model": "named"}
     assert await admin.post("/unload", {"model": "m"}) == {"model": "m"}
     assert await admin.post("/plan", {"ref": "r"}) == {"model": "r", "nodes": []}
     assert admin.orders == [
         LoadBody(ref="r", context=None, parallel=None, replicas=None, host=None),
-        LoadBody(ref="r", context=4096, parallel=2, replicas=4096, host="attic"),
+        LoadBody(ref="r", context=4096, parallel=2, replicas=4096, host="attic", split=True),
         LoadBody(ref="r", context=None, parallel=None, replicas="auto", host=None),
         UnloadBody(model="m", drain_s=None),
         "r",

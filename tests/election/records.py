@@ -27,4 +27,5 @@ def deployments() -> st.SearchStrategy[Deployment]:
         cause=st.sampled_from(Cause),
         asleep=st.booleans(),
         removed=st.booleans(),
+        split=st.booleans(),
     )

@@ -21,7 +21,18 @@ from meshd.errors import (
     NotFound,
 )
 from meshd.ids import NodeId
-from meshd.view import Bid, Cause, Claim, ClaimState, Deployment, DeviceView, Role, Suits
+from meshd.view import (
+    Bid,
+    Cause,
+    Claim,
+    ClaimState,
+    Deployment,
+    DeviceView,
+    Lendable,
+    Role,
+    Suits,
+    WorkerShare,
+)
 from tests.election.rooms import (
     CPU,
     LLAMA,
@@ -96,6 +107,12 @@ async def test_the_number_of_hosts_stays_unless_another_is_said(
     await desk(stage).load(Wish("org/llama", replicas=first))
     await desk(stage).load(Wish("org/llama", replicas=again, context=512))
     assert stage.record().replicas == replicas
+
+
+async def test_a_split_is_asked_for_each_time(stage: Stage) -> None:
+    for split, version in ((True, 1), (True, 1), (False, 2), (True, 3)):
+        await desk(stage).load(Wish("org/llama", split=split))
+        assert (stage.record().split, stage.record().version) == (split, version)
 
 
 async def test_what_was_unloaded_starts_from_one_host(stage: Stage) -> None:
@@ -254,7 +271,25 @@ async def test_a_plan_of_what_is_deployed_is_what_nodes_say(stage: Stage) -> Non
     for plan in (await desk(stage).plan("llama"), desk(stage).planned("llama")):
         why = {node["name"]: node["why"] for node in plan["nodes"]}
         assert (plan["deployed"], why["beta"]) == (True, "its disk is full")
-        assert "1.0 MB free" in why["alpha"]
+        assert "983 kB free here" in why["alpha"]
+
+
+async def test_a_plan_names_workers_and_who_could_be_one(stage: Stage) -> None:
+    await desk(stage).load(Wish("org/llama"))
+    share = WorkerShare(NodeId("c" * 52), "gamma", 0.25, 10)
+    stage.sees(
+        replace(
+            BETA,
+            claims=(Claim(LLAMA, 1, ClaimState.READY, 0, workers=(share,)),),
+            lends=(Lendable("CPU", 64 * MIB, accelerator=False),),
+        )
+    )
+    await until(lambda: stage.view.bids, "this node bids as well")
+    plan = await desk(stage).plan("llama")
+    told = {node["name"]: node for node in plan["nodes"]}
+    assert [w["name"] for w in told["beta"]["workers"]] == ["gamma"]
+    assert told["beta"]["why"].endswith("with memory of gamma (25%)")
+    assert "short even if it is split: beta lends nothing" in told["alpha"]["why"]
 
 
 async def test_a_plan_says_why_it_cannot_be_made(stage: Stage) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from meshd.election.explain import Verdict, explain, why_claim
 from meshd.election.ranking import ranked
 from meshd.ids import NodeId
 from meshd.view import Suits
-from tests.election.words import FAILED, M, bid, claim, node, record
+from tests.election.words import FAILED, GB, M, bid, claim, node, part, record
 
 
 def test_every_node_is_told_of_once_with_its_reason() -> None:
@@ -58,6 +59,34 @@ def test_a_swap_is_not_next_while_somebody_says_yes() -> None:
     nodes = [node("a", bid(suits=Suits.SWAP)), node("b", bid())]
     plan = explain(record(replicas=2), nodes, {})
     assert {p.name: p.verdict for p in plan.nodes} == {"b": Verdict.NEXT, "a": Verdict.STANDS_BY}
+
+
+def test_a_split_names_its_workers_with_their_shares() -> None:
+    shares = (part("b", share=0.25).shown, part("c", share=0.375).shown)
+    split = replace(claim(3, reason="nobody hosts it"), workers=shares)
+    plan = explain(record(), [node("a", split)], {})
+    (told,) = plan.nodes
+    assert told.why == "ready, epoch 3: nobody hosts it; with memory of b (25%), c (38%)"
+    assert told.workers == shares
+    assert plan.decision == f"a ({told.why}) hosts llama"
+    (shown,) = json.loads(json.dumps(plan.as_json()))["nodes"]
+    assert shown["workers"] == [
+        {"node": "b", "name": "b", "share": 0.25, "bytes": GB},
+        {"node": "c", "name": "c", "share": 0.375, "bytes": GB},
+    ]
+
+
+def test_a_split_is_not_next_while_somebody_can_host_it_alone() -> None:
+    split = node("a", bid(15, suits=Suits.SPLIT, workers=2))
+    for other in (node("b", bid(0)), node("b", bid(0, suits=Suits.SWAP))):
+        plan = explain(record(replicas=2), [split, other], {})
+        assert [(p.name, p.verdict) for p in plan.nodes] == [
+            ("b", Verdict.NEXT),
+            ("a", Verdict.STANDS_BY),
+        ]
+    (alone,) = explain(record(), [split], {}).nodes
+    assert alone.verdict is Verdict.NEXT
+    assert alone.why.startswith("with memory of 2 other nodes, ")
 
 
 def test_a_plan_is_json() -> None:

@@ -45,6 +45,7 @@ def test_defaults_are_left_out_so_that_the_form_is_canonical() -> None:
         "origin": NODES[0],
     }
     assert to_json(replace(PLAIN, replicas=None))["replicas"] is None
+    assert to_json(replace(PLAIN, split=True))["split"] is True
 
 
 def test_what_a_newer_node_says_beside_it_is_ignored() -> None:
@@ -72,6 +73,7 @@ def test_what_a_newer_node_says_beside_it_is_ignored() -> None:
         {"cause": "whim"},
         {"asleep": 1},
         {"removed": None},
+        {"split": "yes"},
     ],
 )
 def test_what_is_out_of_bounds_is_no_record(wrong: dict[str, Any]) -> None:
