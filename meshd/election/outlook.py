@@ -78,18 +78,17 @@ class Outlook:
         before, self.others = self.others, {node.node: node for node in nodes}
         if (earlier := self.others.pop(self.own, None)) is not None:
             self._hear_epochs(earlier)
+        new = [node for id_, node in self.others.items() if before.get(id_) is not node]
         touched: set[ModelId] = set()
-        for node in before.values():
-            if self.others.get(node.node) is not node:
-                for model in node.claims:
-                    del self._claimants[model][node.node]
-                touched.update(node.claims)
-        for node in self.others.values():
-            if before.get(node.node) is not node:
-                for model in node.claims:
-                    self._claimants.setdefault(model, {})[node.node] = node
-                touched.update(node.claims)
-                self._hear_epochs(node)
+        for id_ in (before.keys() - self.others.keys()).union(node.node for node in new):
+            for model in before[id_].claims if id_ in before else ():
+                del self._claimants[model][id_]
+                touched.add(model)
+        for node in new:
+            for model in node.claims:
+                self._claimants.setdefault(model, {})[node.node] = node
+                touched.add(model)
+            self._hear_epochs(node)
         for model in touched:
             if not self._claimants[model]:
                 del self._claimants[model]

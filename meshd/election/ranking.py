@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
+from heapq import nlargest
 
 from meshd.election.words import Standing
 from meshd.ids import ModelId, NodeId
@@ -30,6 +31,7 @@ _PARTS = 15
 _WORKERS = 7
 """More count as so many."""
 _SPEED_BITS = 6
+_SPEEDS = (1 << _SPEED_BITS) - 1
 _LOT_BITS = 32
 """All of a score is below 2^53: it survives JSON."""
 _SUITS = {Suits.YES: 3, Suits.SWAP: 2, Suits.SPLIT: 1, Suits.NO: 0}
@@ -47,14 +49,7 @@ class Ranked:
 def score(model: ModelId, node: NodeId, bid: Bid) -> int:
     """The rank of a bid as one number, higher is better; figures out of range count as the nearest
     one in it. Of different nodes' bids hardly ever equal; then the higher node id is better."""
-    value = _SUITS[bid.suits]
-    value = value << 3 | _WORKERS - _clamp(bid.workers, _WORKERS)
-    value = value << 1 | bid.accelerated
-    value = value << 1 | bid.weights
-    value = value << 4 | _clamp(bid.headroom, _PARTS)
-    value = value << _SPEED_BITS | _clamp(bid.speed, (1 << _SPEED_BITS) - 1)
-    value = value << 4 | _PARTS - _clamp(bid.load, _PARTS)
-    return value << _LOT_BITS | _lot(model, node)
+    return _worth(bid) << _LOT_BITS | _lot(model, node)
 
 
 def may_not_host(node: Standing, deployment: Deployment) -> str | None:
@@ -89,16 +84,30 @@ def not_ranked(node: Standing, deployment: Deployment) -> str | None:
 
 def ranked(node: Standing, deployment: Deployment) -> Ranked | None:
     """Its place in the ranking, as far as that is its own; None if it is not in it."""
-    bid = current_bid(node, deployment)
-    if bid is None or not_ranked(node, deployment) is not None:
-        return None
-    return Ranked(node, bid, score(deployment.model, node.node, bid))
+    bid = _bid_ranked(node, deployment)
+    return None if bid is None else _ranked(node, bid)
 
 
 def rank(deployment: Deployment, nodes: Iterable[Standing]) -> tuple[Ranked, ...]:
     """The ranking, best first."""
     found = [r for node in nodes if (r := ranked(node, deployment)) is not None]
     return tuple(sorted(found, key=order, reverse=True))
+
+
+def first_ranked(
+    deployment: Deployment, nodes: Iterable[Standing], places: int
+) -> tuple[Ranked, ...]:
+    """The first `places` of the ranking, without working out all of it."""
+    found = [
+        (_merits(node, bid), node, bid)
+        for node in nodes
+        if (bid := _bid_ranked(node, deployment)) is not None
+    ]
+    if places < 1 or not found:
+        return ()
+    least = nlargest(places, (merits for merits, _, _ in found))[-1]
+    best = [_ranked(node, bid) for merits, node, bid in found if merits >= least]
+    return tuple(sorted(best, key=order, reverse=True)[:places])
 
 
 def order(of: Ranked) -> tuple[int, NodeId]:
@@ -112,12 +121,14 @@ def comes_next(
     """Whether `own` is among the first `places` of the ranking. A SWAP is never while somebody says
     YES: what would be unloaded for it may stay; and a SPLIT never while somebody can host it
     alone."""
-    before = 0
+    before, merits = 0, own.score >> _LOT_BITS
     for node in others:
-        other = ranked(node, deployment)
-        if other is None or order(other) < order(own):
+        bid = _bid_ranked(node, deployment)
+        if bid is None or (others_merits := _merits(node, bid)) < merits:
+            continue  # without a look at the lots, of which most ranks do not depend
+        if others_merits == merits and order(_ranked(node, bid)) < order(own):
             continue
-        if suits_less(own.bid, other.bid):
+        if suits_less(own.bid, bid):
             return False
         before += 1
         if before >= places:
@@ -175,12 +186,46 @@ def behind(better: Bid, worse: Bid) -> str:
     return "equal; the lot decided"
 
 
+def _bid_ranked(node: Standing, deployment: Deployment) -> Bid | None:
+    """The bid with which it is in the ranking (1–3): `not_ranked` without words, as this is asked
+    of every node for every model."""
+    bid = node.bids.get(deployment.model)
+    if bid is None or bid.suits is Suits.NO or bid.version < deployment.version:
+        return None
+    if deployment.model in node.claims or may_not_host(node, deployment) is not None:
+        return None
+    return bid
+
+
+def _ranked(node: Standing, bid: Bid) -> Ranked:
+    return Ranked(node, bid, score(bid.model, node.node, bid))
+
+
+def _merits(node: Standing, bid: Bid) -> int:
+    """What its bid is worth, worked out once for every word of a node."""
+    merits = node.merits.get(bid.model)
+    if merits is None:
+        merits = node.merits[bid.model] = _worth(bid)
+    return merits
+
+
+def _worth(bid: Bid) -> int:
+    """The score but for the lot."""
+    value = _SUITS[bid.suits]
+    value = value << 3 | _WORKERS - _clamp(bid.workers, _WORKERS)
+    value = value << 1 | bid.accelerated
+    value = value << 1 | bid.weights
+    value = value << 4 | _clamp(bid.headroom, _PARTS)
+    value = value << _SPEED_BITS | _clamp(bid.speed, _SPEEDS)
+    return value << 4 | _PARTS - _clamp(bid.load, _PARTS)
+
+
 def _nodes(count: int) -> str:
     return "another node" if count == 1 else f"{count} other nodes"
 
 
 def _clamp(value: int, top: int) -> int:
-    return max(0, min(top, value))
+    return value if 0 <= value <= top else max(0, min(top, value))
 
 
 def _lot(model: ModelId, node: NodeId) -> int:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from meshd.election.ranking import Ranked, comes_next, rank, ranked
+from meshd.election.ranking import Ranked, comes_next, first_ranked, ranked
 from meshd.election.words import Standing
 from meshd.ids import ModelId, NodeId
 from meshd.view import Deployment, Suits
@@ -139,7 +139,7 @@ def _look(
     """Find out whose turn it is (1), and whose has passed (2); and if one has, look once more."""
     first = [
         r.node.node
-        for r in rank(deployment, _believed(watch, others))[:places]
+        for r in first_ranked(deployment, _believed(watch, others), places)
         if r.bid.suits in _AT_ONCE  # 3
     ]
     turns = {node: watch.turns.get(node, now + TURN_S) for node in first}

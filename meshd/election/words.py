@@ -23,6 +23,9 @@ class Standing:
     """It moves its models away, and takes no new ones."""
     hosts: bool = True
     """False for a client node."""
+    merits: dict[ModelId, int] = field(default_factory=dict, init=False, compare=False, repr=False)
+    """What ranking.py found its bids to be worth: a node is ranked again and again by the same
+    words."""
 
 
 @dataclass(frozen=True, slots=True)
