@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
-from meshd.election.deployments import DeploymentBook
-from meshd.ids import ModelId
+from meshd.election.deployments import DeploymentBook, Rejected, Written
+from meshd.ids import ModelId, NodeId
 from tests.sim.placement.engines import Luck
 from tests.sim.placement.judge import complaints
 from tests.sim.placement.world import World
@@ -24,12 +23,10 @@ def crowd(seed: int, *, nodes: int, models: int) -> str:
     world = World(seed, nodes, look_s=LOOK_S, exchange_s=30.0)
     world.late = 0.0
     world.luck = Luck(slow=0.0, fail=0.0, crash=0.0, swell=0.0)
-    world.begin()
+    world.begin(met=True)
     world.run(3.0)
     first = world.stations[0]
-    for number in range(models):
-        model = ModelId(f"m{number}")
-        first.write(partial(DeploymentBook.load, model=model, ref=model, origin=first.id))
+    first.write(lambda book: _load_all(book, models, first.id))
     loaded_s = _until(world, lambda: not _wrong(world))
     hosts = [station for station in world.up() if station.engines.running]
     killed = min(KILLED, len(hosts))
@@ -41,6 +38,12 @@ def crowd(seed: int, *, nodes: int, models: int) -> str:
         f"{replaced_s:.0f} s of virtual time; {world.judge.starts} starts for "
         f"{models} models, {world.agenda.done} events"
     )
+
+
+def _load_all(book: DeploymentBook, models: int, origin: NodeId) -> Written | Rejected:
+    """At one moment. What became of the last one."""
+    names = [ModelId(f"m{number}") for number in range(models)]
+    return [book.load(model, ref=model, origin=origin) for model in names][-1]
 
 
 def _until(world: World, condition: Callable[[], bool]) -> float:

@@ -78,9 +78,12 @@ class Judge:
         """The highest epoch that a run of a node was shown."""
         self.rivals: dict[tuple[int, int, ModelId], int] = {}
         """The same of claims that had not failed."""
+        self._noted: dict[int, Mapping[NodeId, Standing]] = {}
+        """Whose claims are in those two, by what was shown last."""
         self._served: dict[tuple[int, ModelId, int], int] = {}
 
     def started(self, station: Station) -> None:
+        self._noted.pop(station.index, None)
         self._claims[station.index] = {}
         self._leases[station.index] = {}
         self._excused.discard(station.index)
@@ -223,7 +226,9 @@ class Judge:
             assert others < wanted, f"{station.name} starts {model} beside {others}"
 
     def _note_epochs(self, station: Station) -> None:
-        for other in station.seen:
+        before = self._noted.get(station.index, {})
+        seen = self._noted[station.index] = {other.node: other for other in station.seen}
+        for other in [other for node, other in seen.items() if before.get(node) is not other]:
             for model, claim in other.claims.items():
                 key = (station.index, station.boot, model)
                 self.known[key] = max(self.known.get(key, 0), claim.epoch)
@@ -231,7 +236,7 @@ class Judge:
                     self.rivals[key] = max(self.rivals.get(key, 0), claim.epoch)
 
     def _note_mute(self, station: Station) -> None:
-        seen = {other.node: other for other in station.seen}
+        seen = self._noted[station.index]
         for node, model in self.mute:
             key, other = (station.index, station.boot, model, node), seen.get(node)
             if other is None or model in other.claims or model not in other.bids:

@@ -198,6 +198,11 @@ class Station:
         self.look()
         return True
 
+    def meet(self, words: Mapping[int, Word]) -> None:
+        """It knows all of these, and that they are alive."""
+        self.known = {index: word for index, word in words.items() if index != self.index}
+        self.alive = set(self.known)
+
     def merged(self, records: Iterable[Deployment]) -> None:
         if self.book.merge(records):
             self._recorded()

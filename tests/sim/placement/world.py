@@ -57,9 +57,14 @@ class World:
         self._silent: set[int] = set()
         """Whose death only silence tells."""
 
-    def begin(self) -> None:
+    def begin(self, *, met: bool = False) -> None:
+        """`met`: they know each other already, as after a while without trouble."""
         for station in self.stations:
             self._start(station)
+        if met:
+            words = {station.index: station.word for station in self.stations}
+            for station in self.stations:
+                station.meet(words)
         self._changed()
 
     def run(self, seconds: float) -> None:
@@ -170,8 +175,10 @@ class World:
         """What `teller` knows better, of everybody."""
         if not (teller.up and hearer.up and self._flows(teller, hearer)):
             return
-        for index, word in [*teller.known.items(), (teller.index, teller.word)]:
-            known = hearer.known.get(index)
+        hears, own = hearer.known.get, (teller.index, teller.word)
+        differs = [(i, word) for i, word in teller.known.items() if hears(i) is not word]
+        for index, word in [*differs, own]:
+            known = hears(index)
             if known is word or index == hearer.index:
                 continue
             if known is None or known.stamp < word.stamp:
