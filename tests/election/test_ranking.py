@@ -13,6 +13,7 @@ from meshd.election.ranking import (
     all_have_bid,
     behind,
     comes_next,
+    first_ranked,
     merit,
     not_ranked,
     rank,
@@ -138,6 +139,7 @@ def test_all_nodes_agree_whose_turn_it_is(bids: list[Bid], places: int, chance: 
     ranking = rank(record(), nodes)
     chance.shuffle(nodes)
     assert rank(record(), nodes) == ranking
+    assert first_ranked(record(), nodes, places) == ranking[:places]
     turns = {
         of.node.node
         for of in ranking
