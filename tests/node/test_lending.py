@@ -429,6 +429,24 @@ async def test_what_a_host_sent_is_counted_when_it_is_done(bench: Bench) -> None
     assert bench.lending.pushed_bytes == 24 * MIB, "what lay there is found again"
 
 
+async def test_what_came_before_the_model_was_loaded_is_whole_however_it_ends(
+    bench: Bench,
+) -> None:
+    stream = bench.asked()
+    loan = await stream.serving()
+    (server,) = FakeServer.started
+    server.keeps("0" * 16, 2 * MIB)
+    stream.hear({"t": "loaded"})
+    await wait_for(lambda: bench.lending.pushed_bytes == 2 * MIB, "it is counted")
+    server.at_rest = False
+    server.keeps("1" * 16, MIB)
+    stream.wire.close()
+    await wait_for(lambda: bench.room.ended == [loan], "it has ended")
+    assert bench.lending.pushed_bytes == 3 * MIB, "none is counted twice"
+    await bench.asked().serving()
+    assert server.kept() == ["0" * 16]
+
+
 async def test_what_a_server_may_have_cut_short_is_not_found_again(bench: Bench) -> None:
     stream = bench.asked()
     await stream.serving()
