@@ -42,6 +42,11 @@ def test_a_split_model_answers_as_it_does_alone_and_leaves_nothing(engine_lan: L
     load(a, weights, "--host", "a")
     where = wait_placed(engine_lan, *nodes)
     _is_told(where, nodes)
+    engine_lan.until(
+        lambda: all(0 < free < before[name] for name, free in _free(nodes[1:], weights).items()),
+        timeout_s=5,
+        what="workers count with what they lend",
+    )
     alone = engine_lan.node("alone", "--mesh", "alone").start()
     load(alone, weights)
     with ThreadPoolExecutor() as pool:
