@@ -165,6 +165,7 @@ def worker_loss() -> Table:
     _lose_worker(table, "cedar", ["ash"], ["birch"], ["cedar"])
     table.wait_until(18.0)
     table.returned("cedar")
+    table.wait_until(21.0)
     table.say("a worker is back: the model is claimed anew")
     table.wait_until(60.0)
     table.part(["ash", "birch"], ["cedar"])
