@@ -6,8 +6,9 @@ of a plan, and lives for as long as that says it needs it. Rules, numbered as in
 1. One loan for each host and model: what a host asks for anew ends what it had.
 2. Nothing is lent while this node is draining; when it begins to drain, all loans end: their hosts
    plan anew.
-3. A loan serves the newest host only. Where one replica is wanted, and another node contends for
-   the model with a higher epoch than the loan's host has, the loan is refused, or ends.
+3. A loan serves the host that stands. Where one replica is wanted, and another node contends for
+   the model that goes before the loan's host (claims.py, rule 2: ready first, then the higher
+   epoch), the loan is refused, or ends. A host whose claim has not come counts as preparing.
 4. A loan that is not renewed for `RENEWED_S` ends: its host is gone, or cannot be heard.
 5. Its memory is free when the process that used it is gone (`LoanEnded`), not before. So a loan
    that is to end is ordered to end once, and then waited for.
@@ -25,7 +26,7 @@ from meshd.election.ledger import Ledger
 from meshd.election.outlook import Outlook
 from meshd.election.words import Effect, EndLoan, LoanAnswered, LoanAsked
 from meshd.ids import LoanId, ModelId
-from meshd.view import Claim, Loan
+from meshd.view import Claim, ClaimState, Loan
 
 RENEWED_S: Final = 5.0
 """Longer than a suspicion of membership lasts, and five beats of a host."""
@@ -111,17 +112,18 @@ class Lending:
         return [EndLoan(loan, reason)]
 
     def _outdated(self, loan: Loan, outlook: Outlook, own: Claim | None) -> str | None:
-        """Why its host is the newest one no more (3)."""
+        """Why its host does not stand (any more) (3)."""
         model, host = loan.ask.model, loan.host
         deployment = outlook.deployments.get(model)
         if deployment is None or wanted_replicas(deployment, outlook.demand) > 1:
             return None
-        epoch, rivals = loan.ask.epoch, []
+        standing, rivals = (False, loan.ask.epoch), []
         for node in outlook.claimants(model, own):
             claim = node.claims[model]
+            precedence = claim.state is ClaimState.READY, claim.epoch
             if node.node == host:
-                epoch = max(epoch, claim.epoch)
+                standing = max(standing, precedence)
             elif claim.state in CONTENDING:
-                rivals.append((claim.epoch, node.name))
-        newest, name = max(rivals, default=(0, ""))
-        return f"{name} hosts it with a newer epoch, {newest}" if newest > epoch else None
+                rivals.append((precedence, node.name))
+        first, name = max(rivals, default=(standing, ""))
+        return f"{name} hosts it, with epoch {first[1]}" if first > standing else None

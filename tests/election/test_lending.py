@@ -178,12 +178,22 @@ def test_2_a_node_that_takes_part_again_lends_again() -> None:
 @pytest.mark.parametrize("state", [PREPARING, READY])
 def test_3_a_newer_host_ends_a_loan_and_keeps_it_from_being_granted(state: ClaimState) -> None:
     election = lending()
-    seen = NodesSeen((node("h", claim(1, READY)), node("rival", claim(2, state))))
-    why = "rival hosts it with a newer epoch, 2"
+    seen = NodesSeen((node("h", claim(1, state)), node("rival", claim(2, state))))
+    why = "rival hosts it, with epoch 2"
     assert election.handle(seen, 1.0) == [EndLoan(FIRST, why)]
     assert election.handle(seen, 2.0) == []
     assert refusal(election, loan(2)) == why
     assert refusal(election, loan(3, "rival", epoch=2, size=GB)) is None
+
+
+def test_3_a_host_that_is_ready_goes_before_a_newer_one_that_prepares() -> None:
+    """After a partition heals: the one that serves stands, and takes a higher epoch in a moment."""
+    election = lending()
+    seen = NodesSeen((node("h", claim(1, READY)), node("rival", claim(2, PREPARING))))
+    assert election.handle(seen, 1.0) == []
+    assert refusal(election, loan(2, "rival", epoch=2, size=GB)) == "h hosts it, with epoch 1"
+    over = NodesSeen((node("h", claim(1, PREPARING)), node("rival", claim(2, PREPARING))))
+    assert election.handle(over, 2.0) == [EndLoan(FIRST, "rival hosts it, with epoch 2")]
 
 
 @pytest.mark.parametrize("said", [claim(2, FAILED), claim(2, DRAINING), claim(1, READY)])
@@ -200,7 +210,7 @@ def test_3_the_claim_of_its_own_host_with_a_higher_epoch_ends_nothing() -> None:
     assert election.handle(NodesSeen((node("h", claim(5, READY)),)), 1.0) == []
     between = NodesSeen((node("h", claim(5, READY)), node("rival", claim(4, READY))))
     assert election.handle(between, 2.0) == []
-    above = NodesSeen((node("h", claim(5, READY)), node("rival", claim(6, PREPARING))))
+    above = NodesSeen((node("h", claim(5, READY)), node("rival", claim(6, READY))))
     assert of(EndLoan, election.handle(above, 3.0))
 
 
@@ -213,13 +223,12 @@ def test_3_where_more_hosts_are_wanted_none_is_the_newest(changes: dict[str, int
     assert refusal(election, loan(2)) is None
 
 
-def test_3_this_node_itself_may_be_the_newer_host() -> None:
-    election = serving()
-    election.handle(NodesSeen((node("h", claim(3, FAILED)),)), 1.0)
-    assert refusal(election, loan(1, epoch=3, size=GB)) is None
-    effects = election.handle(EpochSaved(M, 4), 1.0)
-    why = "own hosts it with a newer epoch, 4"
-    assert of(EndLoan, effects) == [EndLoan(FIRST, why)]
+def test_3_this_node_itself_may_be_the_host_that_stands() -> None:
+    election = lending(loan(1, epoch=3, size=GB))
+    election.handle(OffersMade((offer(),)), 0.5)
+    (saved,) = of(SaveEpoch, election.handle(NodesSeen((node("h", claim(3, FAILED)),)), 1.0))
+    why = f"own hosts it, with epoch {saved.epoch}"
+    assert of(EndLoan, election.handle(EpochSaved(M, saved.epoch), 1.0)) == [EndLoan(FIRST, why)]
     assert refusal(election, loan(2, epoch=3, size=GB)) == why
 
 
@@ -285,6 +294,10 @@ HOSTS, MODELS = ("a", "b"), (M, OTHER)
 CLAIMS = st.none() | st.builds(
     claim, st.integers(1, 6), st.sampled_from([PREPARING, READY, FAILED, DRAINING])
 )
+
+
+def precedence(said: Claim | None) -> tuple[bool, int]:
+    return (False, 0) if said is None else (said.state is READY, said.epoch)
 
 
 class AnyOrder(RuleBasedStateMachine):
@@ -393,18 +406,18 @@ class AnyOrder(RuleBasedStateMachine):
             assert self.election.lent[name].ending is (name in self.ordered)
 
     @invariant()
-    def no_older_host_is_served_than_the_newest_that_contends(self) -> None:
+    def no_host_is_served_after_one_that_goes_before_it(self) -> None:
         for name, granted in self.loans.items():
             if name in self.ordered or granted.ask.model != M:
                 continue
             said = self.claims.get(granted.host)
-            epoch = max(granted.ask.epoch, 0 if said is None else said.epoch)
+            standing = max((False, granted.ask.epoch), precedence(said))
             hosted = self.election.hosted.get(M)
             rivals = [None if hosted is None else hosted.claim]
             rivals += [c for host, c in self.claims.items() if host != granted.host]
             for rival in rivals:
                 if rival is not None and rival.state in (PREPARING, READY):
-                    assert epoch >= rival.epoch
+                    assert standing >= precedence(rival)
 
     @invariant()
     def a_draining_node_lends_nothing(self) -> None:
