@@ -165,7 +165,10 @@ def children_of(pid: int) -> tuple[int, ...]:
 
 
 def argv_of(pid: int) -> tuple[str, ...]:
-    return tuple(Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1])
+    try:
+        return tuple(Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1])
+    except (FileNotFoundError, ProcessLookupError):
+        return ()  # it has just ended
 
 
 def place(pid: int, cores: frozenset[int]) -> None:

@@ -130,7 +130,7 @@ class SplitNodes:
         try:
             wait_for(condition, limit_s=LIMIT_S, what=what, step_s=0.02)
         except BenchError as error:
-            logs = "\n".join(node.log() for node in self._nodes.values())
+            logs = "\n".join(node.log() for node in (*self._mesh, self._nodes[LONER]))
             raise BenchError(f"{error}: {self._model(self._owner)}\n{logs}") from None
 
     # -- what runs --------------------------------------------------------------------------------
@@ -158,7 +158,8 @@ class SplitNodes:
         return [p for p in children_of(node.pid) if "server" in (argv_of(p) or ("",))[0]]
 
     def _model(self, node: Node) -> Any:
-        models = node.get("/mesh/models") or []
+        # A connection that was kept through minutes of silence is closed at the first use.
+        models = node.get("/mesh/models") or node.get("/mesh/models") or []
         return next((m for m in models if m["id"] == self._weights.stem), None)
 
     def _workers(self) -> list[str]:
