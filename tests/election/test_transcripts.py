@@ -149,9 +149,7 @@ def worker_loss() -> Table:
     table.say("a model fits on no node: the best host claims it, with memory of another")
     table.write(record())
     table.report("ash", READY, M)
-    table.say(
-        "the loan is renewed; the worker is cut off: the host keeps its claim and plans anew"
-    )
+    table.say("the loan is renewed; the worker is cut off: the host keeps its claim and plans anew")
     for second in (4.0, 8.0):
         table.wait_until(second)
     table.now = 10.0
