@@ -57,7 +57,8 @@ class _Held:
 class Lending(Service):
     """`peers.loans.lending.Lender`, and what else of other rooms has to do with it.
 
-    `pool`: for what reads and writes whole tensors; `room`: once it is there."""
+    `pool`: for what reads and writes whole tensors; `room`: once it is there; `expect_tunnel`: a
+    host is about to open one to here."""
 
     name = "lending"
 
@@ -68,6 +69,7 @@ class Lending(Service):
         cache: CacheRoom,
         room: Callable[[], ElectionRoom],
         *,
+        expect_tunnel: Callable[[], None],
         rng: random.Random,
         pool: Pool,
     ) -> None:
@@ -76,6 +78,7 @@ class Lending(Service):
         self._board = board
         self._cache = cache
         self._room = room
+        self._expect_tunnel = expect_tunnel
         self._rng = rng
         self._pool = pool
         self._caches = TensorCaches(
@@ -145,6 +148,7 @@ class Lending(Service):
         binary = _rpc_binary(runtime)
         assert binary is not None, "looked at when it was granted"
         moved("starting the RPC server")
+        self._expect_tunnel()
         tensors = await self._tensors(ask)
         held.cache = await self._cache_for(held)
         held.server = await RpcServer.start(

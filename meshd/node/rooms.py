@@ -206,6 +206,7 @@ class Rooms:
             self._board,
             cache,
             lambda: self._placing.room,
+            expect_tunnel=lambda: self.joined().expect_bulk(),
             rng=self._rng,
             pool=self._tensors,
         )

@@ -366,6 +366,11 @@ class MeshService(Service):
         """The nodes that may be asked for weights."""
         return () if self._session is None else self._session.bulk_peers()
 
+    def expect_bulk(self) -> None:
+        """Another node is about to open a bulk stream here."""
+        if self._session is not None:
+            self._session.expect_bulk()
+
     def bulk_bytes(self) -> tuple[int, int]:
         """(received, sent) by bulk streams other nodes opened here, those that are over."""
         if self._session is None:

@@ -328,6 +328,11 @@ class Session:
         """Who takes bulk connections over; None if nobody here does."""
         return self.bulk.take if self._needs.carrier else None
 
+    def expect_bulk(self) -> None:
+        """A bulk stream of another node is about to come."""
+        if self._needs.carrier:
+            self.bulk.expect()
+
     def _serve_bulk(self, node: NodeId, wanted: Open) -> dict[str, Any]:
         if self.role is Role.CLIENT:
             raise PeerRefused("a client node serves no weights", reason="no_service")

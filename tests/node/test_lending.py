@@ -169,15 +169,21 @@ class Bench:
         runtime = RuntimeView("e", "cpu", "b1", "7.0.0", "/", binaries, proof)
         self.board = Board(View(node, runtime=runtime))
         self.room, self.cache = FakeRoom(), FakeCache()
+        self.expected = 0
+        """Tunnels that the carrier was told of."""
         self.pool = Pool("test", workers=2)
         self.lending = Lending(
             self.config,
             self.board,
             cast("CacheRoom", self.cache),
             lambda: cast("ElectionRoom", self.room),
+            expect_tunnel=self._expect_tunnel,
             rng=random.Random(7),
             pool=self.pool,
         )
+
+    def _expect_tunnel(self) -> None:
+        self.expected += 1
 
     def runs(self, **changes: Any) -> None:
         """Its engine is another one."""

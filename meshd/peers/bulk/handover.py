@@ -107,6 +107,12 @@ class Handover:
             carrier.strangers.add(number)
             self._not_idle()
 
+    def expect(self) -> None:
+        """A connection is about to come: start the process, which takes a moment."""
+        carrier = self._running()
+        if carrier is not None:
+            self._rest(carrier)
+
     def renewed(self) -> None:
         """This node has a new certificate."""
         if self._carrier is not None:
@@ -204,6 +210,13 @@ class Handover:
             self._idle_timer.cancel()
             self._idle_timer = None
 
+    def _rest(self, carrier: _Carrier) -> None:
+        """If it has nothing to do, it has `IDLE_S` to get something."""
+        if not carrier.strangers and not carrier.streams:
+            self._not_idle()
+            loop = asyncio.get_running_loop()
+            self._idle_timer = loop.call_later(IDLE_S, self._retire, carrier)
+
     def _retire(self, carrier: _Carrier) -> None:
         """Nobody wants anything of it any more."""
         log.debug("the carrier of bulk streams is not needed and ends")
@@ -222,10 +235,8 @@ class Handover:
                 carrier.streams.pop(number, None)
                 self.bytes_carried[0] += message["bytes_in"]
                 self.bytes_carried[1] += message["bytes_out"]
-                if not carrier.strangers and not carrier.streams and carrier is self._carrier:
-                    self._not_idle()
-                    loop = asyncio.get_running_loop()
-                    self._idle_timer = loop.call_later(IDLE_S, self._retire, carrier)
+                if carrier is self._carrier:
+                    self._rest(carrier)
 
     def _answer(self, carrier: _Carrier, question: dict[str, Any]) -> dict[str, Any]:
         try:

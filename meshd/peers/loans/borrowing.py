@@ -2,7 +2,8 @@
 
 1. Streams to all workers are opened, and each is asked, at the same time.
 2. All have granted: all are told to commit, and each says when its RPC server can be used.
-3. Tunnels to all of them; each is probed through its own.
+   Meanwhile tunnels to them are opened.
+3. Each is probed through its own tunnel.
 
 What fails at any step, and on any worker, ends everything that was begun. Afterwards the loans are
 one unit: the loss of any part is told once, and whoever hears of it ends the rest.
@@ -187,10 +188,10 @@ class _Group:
             watch = tasks.create_task(self._watch(), name="loans: watch")
             await self._ask(tasks, connect)  # 1
             committed = [tasks.create_task(w.commit(), name="loans: commit") for w in self.workers]
+            dug = tasks.create_task(self._dig(open_tunnels), name="loans: tunnels")
             for commit in committed:  # 2
                 await commit
-            self._tunnels = await self._dig(open_tunnels)  # 3
-            endpoints = self._tunnels.endpoints
+            endpoints = await dug  # 3
             probed = [
                 tasks.create_task(worker.probe(probe, endpoint), name="loans: probe")
                 for worker, endpoint in zip(self.workers, endpoints, strict=True)
@@ -239,13 +240,17 @@ class _Group:
                 workers=tuple(w.part.node for w in silent),
             ) from None
 
-    async def _dig(self, open_tunnels: OpenTunnels) -> Tunnels:
+    async def _dig(self, open_tunnels: OpenTunnels) -> tuple[str, ...]:
         ends = [(w.part, w.loan) for w in self.workers]
         try:
             async with asyncio.timeout(TUNNELS_S):
-                return await open_tunnels(ends, lambda why: self._broke(SplitFailed(why)))
+                self._tunnels = await open_tunnels(ends, self._tunnels_lost)
+                return self._tunnels.endpoints
         except TimeoutError:
             raise SplitFailed(f"no tunnels to the workers within {TUNNELS_S:.0f} s") from None
+
+    def _tunnels_lost(self, reason: str) -> None:
+        self._broke(SplitFailed(reason))
 
     def _broke(self, error: SplitFailed) -> None:
         if self._broken.is_set():

@@ -448,6 +448,24 @@ async def test_a_carrier_that_is_not_needed_ends_and_comes_back(
     again.close()
 
 
+async def test_a_carrier_is_there_before_an_expected_stream_and_ends_if_none_comes(
+    nodes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b, _ = nodes
+    a.session.expect_bulk()
+    await until(lambda: a.session.bulk._carrier is not None, "started")
+    expected = a.session.bulk._carrier
+    stream, _ = await b.open(a)
+    assert a.session.bulk._carrier is expected
+    monkeypatch.setattr(handover, "IDLE_S", 0.1)
+    stream.close()
+    await until(lambda: a.session.bulk._carrier is None, "ended after its stream")
+    a.session.bulk._next_start_at = 0.0
+    a.session.expect_bulk()
+    assert a.session.bulk._carrier is not None
+    await until(lambda: a.session.bulk._carrier is None, "ended without one")
+
+
 # -- strangers ------------------------------------------------------------------------------------
 
 

@@ -347,6 +347,36 @@ async def test_tunnels_that_cannot_be_opened(scene: Scene) -> None:
     await scene.nothing_is_left()
 
 
+async def test_they_are_opened_while_workers_get_ready(scene: Scene) -> None:
+    scene.two.lender.go_on.clear()
+    scene.tunnels.gate.clear()
+    work = asyncio.create_task(scene.borrow())
+    async with asyncio.timeout(5):
+        await scene.two.lender.committing.wait()
+        await scene.tunnels.reached.wait()
+    scene.tunnels.gate.set()
+    assert scene.tunnels.probed == []
+    scene.two.lender.go_on.set()
+    borrowed = await work
+    assert len(scene.tunnels.probed) == 2
+    await borrowed.end("enough")
+    await scene.nothing_is_left()
+
+
+async def test_they_are_closed_when_a_worker_does_not_get_ready(scene: Scene) -> None:
+    scene.two.lender.go_on.clear()
+    scene.two.lender.failure = PeerUnreachable("no port was free")
+    work = asyncio.create_task(scene.borrow())
+    async with asyncio.timeout(5):
+        while not scene.tunnels.opened:  # noqa: ASYNC110 (nothing tells of it)
+            await asyncio.sleep(0.01)
+    scene.two.lender.go_on.set()
+    with pytest.raises(SplitFailed, match="worker two: no port was free"):
+        await work
+    assert scene.tunnels.closed == 1
+    await scene.nothing_is_left()
+
+
 async def test_a_probe_that_fails_names_its_worker(scene: Scene) -> None:
     scene.tunnels.bad_probe = PeerUnreachable("no hello came back")
     with pytest.raises(SplitFailed, match=r"worker two: no hello came back"):
