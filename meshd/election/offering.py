@@ -206,7 +206,7 @@ def _not_fitting(
     bid: Bid, found: Fit, candidates: Collection[ModelId], split: SplitFit | None
 ) -> Offer:
     beside = "; not even if everything that is unused here slept" if candidates else ""
-    free = coarse(max(0, found.needed - found.missing))
+    free = max(0, found.needed - found.missing)
     reason = found.words + beside
     if found.fits:
         reason = NOBODY_LENDS if split is None else split.words
@@ -214,7 +214,7 @@ def _not_fitting(
         # Short: both are of interest, and reasons are cut on their way.
         here = f"needs {format_size(found.needed)}, {format_size(free)} free here"
         reason = f"{here}{beside}; {split.words}"
-    return Offer(replace(bid, reason=reason, needs_bytes=found.needed, free_bytes=free))
+    return Offer(replace(bid, reason=reason, needs_bytes=found.needed, free_bytes=coarse(free)))
 
 
 def _headroom(needed: Memory, free: Memory, node: NodeFacts) -> int:

@@ -271,7 +271,7 @@ async def test_a_plan_of_what_is_deployed_is_what_nodes_say(stage: Stage) -> Non
     for plan in (await desk(stage).plan("llama"), desk(stage).planned("llama")):
         why = {node["name"]: node["why"] for node in plan["nodes"]}
         assert (plan["deployed"], why["beta"]) == (True, "its disk is full")
-        assert "983 kB free here" in why["alpha"]
+        assert "1.0 MB free here" in why["alpha"]
 
 
 async def test_a_plan_names_workers_and_who_could_be_one(stage: Stage) -> None:
