@@ -8,6 +8,7 @@ import gc
 import inspect
 import os
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -31,6 +32,10 @@ os.environ |= {
 for _name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE"):
     os.environ.pop(_name, None)
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+
+# A run in the background begins with SIGINT ignored, and tests of Ctrl-C would wait for nothing.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("quick", deadline=None, max_examples=25)  # `make check`
 settings.register_profile("default", deadline=None, max_examples=100)
