@@ -151,8 +151,7 @@ class Registry:
         """Probe a directory, or remember the probe of its unchanged files."""
         remembered = self._remembered()
         known = remembered.pop(str(directory), None)
-        asked = known is not None and (known.rpc_protocol is not None or known.rpc_path is None)
-        if known is not None and asked and _same_files(known, directory):
+        if known is not None and _same_files(known, directory):
             return known
         record = probe(directory)
         remembered[str(directory)] = record
