@@ -65,7 +65,9 @@ class Holdings:
             if event.worker_lost and self._failures_before(hosted, now) < REPLANS:
                 self._plan_anew(hosted, reason, now)  # 15
                 return
-            self.fail(hosted, reason, now, at_least_s=event.retry_after_s or 0.0)
+            forgiven = REPLANS if event.worker_lost else 0
+            at_least_s = event.retry_after_s or 0.0
+            self.fail(hosted, reason, now, at_least_s=at_least_s, forgiven=forgiven)
         elif event.state is ModelState.READY:
             since = now if hosted.ready_at is None else hosted.ready_at
             self.put(replace(hosted, phase=Phase.READY, ready_at=since, at=None, reason=""))
@@ -117,10 +119,19 @@ class Holdings:
             return 0
         return self.failures.get(hosted.model, 0)
 
-    def fail(self, hosted: Hosted, reason: str, now: float, *, at_least_s: float = 0.0) -> None:
-        """Say that it was this node's turn and why it came to nothing; end what there is of it."""
+    def fail(
+        self,
+        hosted: Hosted,
+        reason: str,
+        now: float,
+        *,
+        at_least_s: float = 0.0,
+        forgiven: int = 0,
+    ) -> None:
+        """Say that it was this node's turn and why it came to nothing; end what there is of it.
+        `forgiven`: failures before that do not make the back-off longer: they were others'."""
         before = self._failures_before(hosted, now)
-        wait_s = max(backoff_s(before), at_least_s)
+        wait_s = max(backoff_s(max(0, before - forgiven)), at_least_s)
         self.failures[hosted.model] = before + 1
         failed = replace(hosted, phase=Phase.FAILED, reason=reason, at=None, ready_at=None)
         self.put(replace(failed, raising=None, retry_at=now + wait_s, backoff_s=wait_s))  # 7

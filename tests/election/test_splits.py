@@ -243,11 +243,11 @@ def test_15_after_several_losses_in_a_row_it_is_passed_over() -> None:
     effects = lose(election, 10.0)
     told = claimed(effects)
     assert (told.epoch, told.state, told.reason) == (1, FAILED, LOST)
-    assert told.retry_in_s == BACKOFF_S[REPLANS]
+    assert told.retry_in_s == BACKOFF_S[0]
     assert of(StopHost, effects) == [StopHost(M, LOST, drain=False)]
     report(election, ModelState.ABSENT, 10.0)
     assert of(StartHost, bids(election, split_offer("c"), 10.1)) == []
-    assert election.due() == 10.0 + BACKOFF_S[REPLANS]
+    assert election.due() == 10.0 + BACKOFF_S[0]
 
 
 def test_15_after_the_back_off_one_loss_more_is_enough() -> None:
@@ -257,7 +257,7 @@ def test_15_after_the_back_off_one_loss_more_is_enough() -> None:
     for count in range(REPLANS):
         again(election, 1.0 + count)
     lost(election, 10.0)
-    later = 10.0 + BACKOFF_S[REPLANS]
+    later = 10.0 + BACKOFF_S[0]
     bids(election, split_offer("b"), 10.1)
     assert of(SaveEpoch, election.handle(Tick(), later)) == [SaveEpoch(M, 2)]
     election.handle(EpochSaved(M, 2), later)
