@@ -342,7 +342,7 @@ class Election:
         why = why_claim(deployment, own, outlook.others.values(), lead)
         claiming = Hosted(deployment, 0, own.score, Phase.CLAIMING, why, cause, wanted, offer.plan)
         epoch = outlook.epoch(model)
-        shortage = self._held.ledger.lease(model, epoch + 1, offer.memory, now)
+        shortage = self._held.ledger.lease(model, epoch + 1, offer.memory)
         if shortage is not None:
             claiming = replace(claiming, epoch=epoch)
             self._held.fail(claiming, f"its bid was wrong: {shortage}", now)  # 7
@@ -389,7 +389,7 @@ class Election:
                 return
             self._held.give_up(hosted, f"not any more: {offer.bid.reason}", "moved")
             return
-        shortage = self._held.ledger.lease(hosted.model, hosted.epoch, offer.memory, now)
+        shortage = self._held.ledger.lease(hosted.model, hosted.epoch, offer.memory)
         if shortage is not None:
             self._held.fail(hosted, f"its bid was wrong: {shortage}", now)  # 7
             return

@@ -2,8 +2,7 @@
 
 A lease is held by a model that this node hosts, or by a loan to another node's.
 
-Sizes are bytes, devices are named as the engine calls them, times are the caller's monotonic
-seconds. Rules, numbered as in the code:
+Sizes are bytes, devices are named as the engine calls them. Rules, numbered as in the code:
 
 1. A lease is granted on all its devices or on none: half a model is no use to anybody.
 2. A holder has at most one lease. A second one replaces the first if it fits where the first one
@@ -11,8 +10,6 @@ seconds. Rules, numbered as in the code:
 3. A device that is not in the capacity has 0 bytes; nothing can be leased of it.
 4. What an engine was measured to take is true whether it fits or not. A device can be overcommitted
    that way, or by a loss of capacity; it grants nothing more until what is leased fits again.
-5. A lease with a time limit ends when `expire` finds it over, whether or not anybody released it.
-   Until then it counts: so nobody loses one without being told.
 """
 
 from __future__ import annotations
@@ -38,8 +35,6 @@ class Lease:
     """Of the claim it was granted for."""
     memory: Mapping[str, int]
     """By device; never zero."""
-    until: float | None = None
-    """When it ends by itself; None if only a release ends it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +83,6 @@ class Ledger:
         ]
         return "; ".join(over) or None
 
-    def due(self) -> float | None:
-        """When the next lease ends by itself."""
-        return min((e.until for e in self._leases.values() if e.until is not None), default=None)
-
     # -- changes ----------------------------------------------------------------------------------
 
     def set_capacity(self, memory: Mapping[str, int]) -> None:
@@ -103,13 +94,8 @@ class Ledger:
         holder: Holder,
         epoch: int,
         memory: Mapping[str, int],
-        now: float,
-        until: float | None = None,
     ) -> Shortage | None:
-        """Grant `memory` to `holder`, or say what is short and change nothing. Raises ValueError if
-        it would be over at once."""
-        if until is not None and until <= now:
-            raise ValueError(f"a lease of {holder} until {until}, asked for at {now}")
+        """Grant `memory` to `holder`, or say what is short and change nothing."""
         wanted = _checked(memory)
         taken = self._leased_but(holder)  # 2
         short = [
@@ -119,7 +105,7 @@ class Ledger:
         ]
         if short:  # 1, 3, 4
             return max(short, key=lambda s: (s.needed - s.free, s.device))
-        self._leases[holder] = Lease(holder, epoch, wanted, until)
+        self._leases[holder] = Lease(holder, epoch, wanted)
         return None
 
     def measure(self, holder: Holder, memory: Mapping[str, int]) -> bool:
@@ -135,15 +121,6 @@ class Ledger:
     def release(self, holder: Holder) -> bool:
         """End the lease of `holder`; whether there was one."""
         return self._leases.pop(holder, None) is not None
-
-    def expire(self, now: float) -> tuple[Holder, ...]:
-        """End the leases whose time is over (5), and name their holders."""
-        over = tuple(
-            e.holder for e in self._leases.values() if e.until is not None and e.until <= now
-        )
-        for holder in over:
-            del self._leases[holder]
-        return over
 
     def _leased_but(self, excepted: Holder | None) -> Mapping[str, int]:
         total = dict.fromkeys(self._capacity, 0)

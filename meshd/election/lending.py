@@ -73,7 +73,7 @@ class Lending:
         refusal = refusal or self._outdated(loan, outlook, own)  # 3
         if refusal is None:
             memory = dict(loan.ask.part.memory)
-            shortage = self._ledger.lease(loan.id, loan.ask.epoch, memory, now)
+            shortage = self._ledger.lease(loan.id, loan.ask.epoch, memory)
             refusal = None if shortage is None else str(shortage)
         if refusal is None:
             self._lent[loan.id] = Lent(loan, now + RENEWED_S)

@@ -21,7 +21,7 @@ def ledger(**memory: int) -> Ledger:
 
 def test_what_is_leased_is_not_free() -> None:
     book = ledger(gpu=10, host=4)
-    assert book.lease(A, 1, {"gpu": 7, "host": 1}, now=0.0) is None
+    assert book.lease(A, 1, {"gpu": 7, "host": 1}) is None
     assert book.holds(A)
     assert not book.holds(B)
     assert dict(book.leased()) == {"gpu": 7, "host": 1}
@@ -31,14 +31,14 @@ def test_what_is_leased_is_not_free() -> None:
 
 def test_all_devices_or_none() -> None:
     book = ledger(gpu=10, host=4)
-    assert book.lease(A, 1, {"gpu": 5, "host": 5}, now=0.0) == Shortage("host", 5, 4)
+    assert book.lease(A, 1, {"gpu": 5, "host": 5}) == Shortage("host", 5, 4)
     assert dict(book.leased()) == {"gpu": 0, "host": 0}
     assert not book.holds(A)
 
 
 def test_the_device_that_lacks_most_is_named() -> None:
     book = ledger(gpu=10, host=4)
-    assert book.lease(A, 1, {"gpu": 20, "host": 5}, now=0.0) == Shortage("gpu", 20, 10)
+    assert book.lease(A, 1, {"gpu": 20, "host": 5}) == Shortage("gpu", 20, 10)
 
 
 def test_a_shortage_in_words() -> None:
@@ -48,29 +48,29 @@ def test_a_shortage_in_words() -> None:
 
 def test_an_unknown_device_has_nothing() -> None:
     book = ledger(gpu=10)
-    assert book.lease(A, 1, {"npu": 1}, now=0.0) == Shortage("npu", 1, 0)
-    assert book.lease(A, 1, {"npu": 0}, now=0.0) is None
+    assert book.lease(A, 1, {"npu": 1}) == Shortage("npu", 1, 0)
+    assert book.lease(A, 1, {"npu": 0}) is None
     assert book.holds(A)
 
 
 def test_a_second_lease_replaces_the_first_where_it_fits() -> None:
     book = ledger(gpu=10)
-    assert book.lease(A, 1, {"gpu": 8}, now=0.0) is None
-    assert book.lease(A, 2, {"gpu": 9}, now=0.0) is None
+    assert book.lease(A, 1, {"gpu": 8}) is None
+    assert book.lease(A, 2, {"gpu": 9}) is None
     assert dict(book.leased()) == {"gpu": 9}
-    assert book.lease(A, 3, {"gpu": 11}, now=0.0) == Shortage("gpu", 11, 10)
+    assert book.lease(A, 3, {"gpu": 11}) == Shortage("gpu", 11, 10)
     assert (book.leases[A].epoch, dict(book.leases[A].memory)) == (2, {"gpu": 9})
 
 
 def test_a_measured_engine_is_true_above_capacity_and_stops_grants_there() -> None:
     book = ledger(gpu=10, host=4)
-    assert book.lease(A, 1, {"gpu": 8}, now=0.0) is None
+    assert book.lease(A, 1, {"gpu": 8}) is None
     assert book.measure(A, {"gpu": 12})
     assert not book.measure(A, {"gpu": 12, "host": 0})
     assert book.overcommitted() == "gpu: 12 B leased of 10 B"
     assert dict(book.free()) == {"gpu": 0, "host": 4}
-    assert book.lease(B, 1, {"gpu": 1}, now=0.0) == Shortage("gpu", 1, 0)
-    assert book.lease(B, 1, {"host": 4}, now=0.0) is None
+    assert book.lease(B, 1, {"gpu": 1}) == Shortage("gpu", 1, 0)
+    assert book.lease(B, 1, {"host": 4}) is None
     assert book.measure(A, {"gpu": 9})
     assert book.overcommitted() is None
 
@@ -83,7 +83,7 @@ def test_what_is_measured_after_the_end_is_of_the_past() -> None:
 
 def test_a_lost_device_overcommits_what_is_out() -> None:
     book = ledger(gpu=10)
-    assert book.lease(A, 1, {"gpu": 5}, now=0.0) is None
+    assert book.lease(A, 1, {"gpu": 5}) is None
     book.set_capacity({})
     assert book.overcommitted() == "gpu: 5 B leased of 0 B"
     assert dict(book.free()) == {}
@@ -92,30 +92,11 @@ def test_a_lost_device_overcommits_what_is_out() -> None:
     assert book.overcommitted() is None
 
 
-def test_leases_end_at_their_time_and_say_so_once() -> None:
-    book = ledger(gpu=10)
-    assert book.due() is None
-    assert book.lease(A, 1, {"gpu": 5}, now=0.0, until=30.0) is None
-    assert book.lease(B, 1, {"gpu": 5}, now=0.0) is None
-    assert book.due() == 30.0
-    assert book.expire(29.9) == ()
-    assert book.lease(ModelId("c"), 1, {"gpu": 1}, now=30.0) is not None
-    assert book.expire(30.0) == (A,)
-    assert book.expire(30.0) == ()
-    assert book.due() is None
-    assert book.holds(B)
-
-
-def test_a_lease_that_would_be_over_at_once_is_a_bug() -> None:
-    with pytest.raises(ValueError, match="until 5"):
-        ledger(gpu=10).lease(A, 1, {"gpu": 1}, now=5.0, until=5.0)
-
-
 @pytest.mark.parametrize("memory", [{"gpu": -1}, {"gpu": 5, "host": -5}])
 def test_memory_below_zero_is_a_bug(memory: dict[str, int]) -> None:
     book = ledger(gpu=10)
     with pytest.raises(ValueError, match="below zero"):
-        book.lease(A, 1, memory, now=0.0)
+        book.lease(A, 1, memory)
     with pytest.raises(ValueError, match="below zero"):
         book.set_capacity(memory)
 
@@ -131,7 +112,7 @@ def test_grants_alone_never_overcommit(
     book = Ledger()
     book.set_capacity(capacity)
     for epoch, (model, memory) in enumerate(wishes):
-        book.lease(model, epoch, memory, now=0.0)
+        book.lease(model, epoch, memory)
         assert book.overcommitted() is None
 
 
@@ -142,11 +123,10 @@ class LedgerMachine(RuleBasedStateMachine):
         super().__init__()
         self.book = Ledger()
         self.capacity: dict[str, int] = {}
-        self.out: dict[ModelId, tuple[dict[str, int], float | None]] = {}
-        self.now = 0.0
+        self.out: dict[ModelId, dict[str, int]] = {}
 
     def free(self, device: str, but: ModelId) -> int:
-        taken = sum(m.get(device, 0) for model, (m, _) in self.out.items() if model != but)
+        taken = sum(m.get(device, 0) for model, m in self.out.items() if model != but)
         return max(0, self.capacity.get(device, 0) - taken)
 
     @rule(memory=MEMORY)
@@ -154,14 +134,13 @@ class LedgerMachine(RuleBasedStateMachine):
         self.book.set_capacity(memory)
         self.capacity = memory
 
-    @rule(model=MODELS, memory=MEMORY, lasts=st.none() | st.integers(1, 5))
-    def lease(self, model: ModelId, memory: dict[str, int], lasts: int | None) -> None:
-        until = None if lasts is None else self.now + lasts
+    @rule(model=MODELS, memory=MEMORY)
+    def lease(self, model: ModelId, memory: dict[str, int]) -> None:
         fits = all(size <= self.free(device, model) for device, size in memory.items())
-        shortage = self.book.lease(model, 1, memory, self.now, until)
+        shortage = self.book.lease(model, 1, memory)
         assert (shortage is None) == fits
         if shortage is None:
-            self.out[model] = (memory, until)
+            self.out[model] = memory
         else:
             assert shortage.needed == memory[shortage.device]
             assert shortage.free == self.free(shortage.device, model) < shortage.needed
@@ -171,24 +150,16 @@ class LedgerMachine(RuleBasedStateMachine):
     def measure(self, data: st.DataObject, memory: dict[str, int]) -> None:
         model = data.draw(st.sampled_from(sorted(self.out)))
         self.book.measure(model, memory)
-        self.out[model] = (memory, self.out[model][1])
+        self.out[model] = memory
 
     @rule(model=MODELS)
     def release(self, model: ModelId) -> None:
         assert self.book.release(model) == (self.out.pop(model, None) is not None)
 
-    @rule(passed=st.integers(0, 4))
-    def expire(self, passed: int) -> None:
-        self.now += passed
-        over = {m for m, (_, until) in self.out.items() if until is not None and until <= self.now}
-        assert set(self.book.expire(self.now)) == over
-        for model in over:
-            del self.out[model]
-
     @invariant()
     def the_sums_agree(self) -> None:
-        devices = set(self.capacity).union(*(memory for memory, _ in self.out.values()))
-        totals = {d: sum(m.get(d, 0) for m, _ in self.out.values()) for d in devices}
+        devices = set(self.capacity).union(*self.out.values())
+        totals = {d: sum(m.get(d, 0) for m in self.out.values()) for d in devices}
         assert {d: n for d, n in self.book.leased().items() if n} == {
             d: n for d, n in totals.items() if n
         }
