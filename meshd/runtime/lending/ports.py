@@ -9,31 +9,25 @@ from __future__ import annotations
 
 import re
 import socket
-import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+from meshd.kernel.tcp_table import (
+    CLOSE_WAIT,
+    ESTABLISHED,
+    LISTEN,
+    SYN_SENT,
+    TcpSocket,
+    parse_table,
+    written,
+)
+
 LOOPBACK = "127.0.0.1"
-ESTABLISHED, SYN_SENT, CLOSE_WAIT, LISTEN = 0x01, 0x02, 0x08, 0x0A
-"""States of TCP, as the kernel numbers them."""
 PROC = Path("/proc")
 
 _CONNECTED = frozenset({ESTABLISHED, SYN_SENT, CLOSE_WAIT})
+_LOOPBACKS = frozenset(written(LOOPBACK))
+"""A program may reach it through a socket of IPv6."""
 _SOCKET = re.compile(r"socket:\[(\d+)\]")
-
-
-@dataclass(frozen=True, slots=True)
-class TcpSocket:
-    """One line of a table."""
-
-    local: tuple[str, int]
-    """Address, as the kernel writes it, and port."""
-    remote: tuple[str, int]
-    state: int
-    uid: int
-    inode: int
-    """0 if no process holds it any more; `uid` says nothing then."""
 
 
 def free_port() -> int:
@@ -74,42 +68,6 @@ def users_connected(port: int, proc: Path = PROC) -> frozenset[int]:
         if s.remote[1] == port and s.remote[0] in _LOOPBACKS
         and s.inode and s.state in _CONNECTED
     )  # fmt: skip
-
-
-def parse_table(text: str) -> Iterator[TcpSocket]:
-    """The sockets of /proc/net/tcp or tcp6; lines that make no sense are passed over."""
-    for line in text.splitlines()[1:]:
-        fields = line.split()
-        try:
-            yield TcpSocket(
-                local=_address(fields[1]),
-                remote=_address(fields[2]),
-                state=int(fields[3], 16),
-                uid=int(fields[7]),
-                inode=int(fields[9]),
-            )
-        except (ValueError, IndexError):
-            continue
-
-
-def _address(field: str) -> tuple[str, int]:
-    address, _, port = field.partition(":")
-    return address, int(port, 16)
-
-
-def _as_the_kernel_writes(packed: bytes) -> str:
-    """Words in the machine's own order: `0100007F` for 127.0.0.1 on most."""
-    words = struct.unpack(f"={len(packed) // 4}I", packed)
-    return "".join(f"{word:08X}" for word in words)
-
-
-_LOOPBACKS = frozenset(
-    {
-        _as_the_kernel_writes(socket.inet_pton(socket.AF_INET, LOOPBACK)),
-        # A program may reach it through a socket of IPv6.
-        _as_the_kernel_writes(socket.inet_pton(socket.AF_INET6, f"::ffff:{LOOPBACK}")),
-    }
-)
 
 
 def _tables(proc: Path) -> list[TcpSocket] | None:
