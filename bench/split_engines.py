@@ -8,9 +8,11 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import Popen
+from typing import Protocol
 
 from bench.chats import get_status, greedy
 from bench.processes import BenchError, Stable
@@ -68,8 +70,14 @@ def _without(argv: Sequence[str], flags: Collection[str]) -> tuple[str, ...]:
     return tuple(w for w, b in zip(argv, before, strict=False) if not {w, b} & set(flags))
 
 
-Lender = tuple[Host, str]
-"""A host with an RPC server, and the address it listens on there."""
+class Inside(Protocol):
+    """Where processes are started: a host, or this machine."""
+
+    def inside(self) -> AbstractContextManager[None]: ...
+
+
+Lender = tuple[Inside, str]
+"""Where an RPC server runs, and the address it listens on there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +91,14 @@ class Engine:
 
 
 class Engines:
-    """Starts them on hosts of a LAN."""
+    """Starts them."""
 
     def __init__(self, stable: Stable, work: Path, recipe: Recipe) -> None:
         self._stable = stable
         self._work = work
         self._recipe = recipe
 
-    def start(self, way: str, host: Host, *lenders: Lender) -> Engine:
+    def start(self, way: str, host: Inside, *lenders: Lender) -> Engine:
         """A loaded engine on `host`, over RPC servers if there are `lenders`. Their tensor caches
         are those of the last time that `way` was started, unless they were forgotten."""
         servers = [self._lend(way, n, *lender) for n, lender in enumerate(lenders)]
@@ -114,7 +122,7 @@ class Engines:
         for cache in self._work.glob(f"{way}-*-tensors"):
             shutil.rmtree(cache)
 
-    def _lend(self, way: str, number: int, host: Host, address: str) -> Popen[bytes]:
+    def _lend(self, way: str, number: int, host: Inside, address: str) -> Popen[bytes]:
         name, port = f"{way}-{number}", _port(number)
         argv = [*self._recipe.rpc_server, "-H", address, "-p", str(port), "-c"]
         cache = self._work / f"{name}-tensors"

@@ -2,8 +2,9 @@
 # Shows on a machine with two NVIDIA GPUs what a model costs that lies on both, each in a node of its
 # own: builds the CUDA engine (or takes the one built last time), generates a model of 13 GB, serves
 # it with one node that may use all of its GPU, and then with two of which neither may use enough for
-# it. Then it kills: the worker's RPC server, the worker's daemon. Prints a table last; exit code 0
-# only if everything was as it should be.
+# it; in turns with them, the same engines without meshd between them. Then it kills: the worker's RPC
+# server, the worker's daemon. Prints a table last; exit code 0 only if everything was as it should
+# be.
 #
 #   scripts/gpu/split.sh
 #

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -9,15 +10,19 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import psutil
 from prove import WORK, Lab
 from split_nodes import SplitNode
 
 from bench.chats import greedy
+from bench.processes import Stable, argv_of
+from bench.split_engines import Engines, Recipe, recipe_of
 from tests.models import WIDE, Wide, write_wide
 
 PROMPT_TOKENS = 512
@@ -62,6 +67,20 @@ class Speed:
     """Tokens a second, medians."""
     text: tuple[int, ...]
     """The first answer."""
+
+    @classmethod
+    def of(cls, runs: Sequence[list[dict[str, Any]]]) -> Speed:
+        """Of answers, in runs of which the first answer does not count."""
+        timings = [answer["timings"] for answers in runs for answer in answers[1:]]
+        return cls(
+            median(t["prompt_per_second"] for t in timings),
+            median(t["predicted_per_second"] for t in timings),
+            tuple(runs[0][0]["tokens"]),
+        )
+
+    def of_another(self, other: Speed) -> str:
+        prompt, generated = self.prompt / other.prompt, self.generated / other.generated
+        return f"{prompt:.2f} and {generated:.2f}"
 
     def __str__(self) -> str:
         return f"prompt {self.prompt:.0f} tok/s, generation {self.generated:.1f} tok/s"
@@ -120,7 +139,7 @@ def alone(lab: Lab, backend: Backend, node: SplitNode) -> Speed:
     """One node that may use all the memory there is."""
     node.start("--mesh", "lone")
     first = node.load(context=backend.context)
-    speed = speed_of(node, backend)
+    speed = Speed.of([answers_of(node.engine_socket(), backend)])
     lab.note("one node", node.plan().get("kind") == "solo", str(speed))
     node.unload()
     again = node.load(context=backend.context)
@@ -135,14 +154,60 @@ def split(lab: Lab, backend: Backend, host: SplitNode, worker: SplitNode, solo: 
     worker.start("--join", host.invite(), "--max-vram", backend.room)
     host.wait(lambda: host.sees(worker.name), "it sees the other node")
     size = backend.shape.parameters * 2
-    for what in ("first", "second"):
-        if host.model():
+    runs, plain_runs = [], []
+    with Stable(WORK) as stable:
+        for what in ("first", "second"):
+            before = host.tunnel_bytes()
+            seconds = host.load(context=backend.context, host=host.name)
+            percent = 100 * (host.tunnel_bytes() - before) / size
+            seen = f"{seconds:.1f} s, {percent:.2f} % of the weights through tunnels"
+            lab.note(f"two nodes: {what} load", what == "first" or percent < 1, seen)
+            if what == "first":
+                planned(lab, host, worker)
+            runs.append(answers_of(host.engine_socket(), backend))
+            recipe = plain_recipe(backend, host, worker)
             host.unload()
-        before = host.tunnel_bytes()
-        seconds = host.load(context=backend.context, host=host.name)
-        percent = 100 * (host.tunnel_bytes() - before) / size
-        seen = f"{seconds:.1f} s, {percent:.2f} % of the weights through tunnels"
-        lab.note(f"two nodes: {what} load", what == "first" or percent < 1, seen)
+            engines = Engines(stable, WORK, recipe)
+            engine = engines.start("plain", Here(), (Here(), "127.0.0.1"))
+            lab.note(f"plain RPC: {what} load", True, f"{engine.load_s:.1f} s")
+            plain_runs.append(answers_of(engine.where, backend))
+            engines.end(engine)
+    host.load(context=backend.context, host=host.name)
+    speed, plain = Speed.of(runs), Speed.of(plain_runs)
+    pairs = zip(speed.text, solo.text, strict=True)
+    same = next((n for n, (ours, theirs) in enumerate(pairs) if ours != theirs), backend.tokens)
+    lab.note("plain RPC", True, f"{plain}; {plain.of_another(solo)} of one node")
+    lab.note(
+        "two nodes",
+        same > 0,
+        f"{speed}; {speed.of_another(solo)} of one node; {speed.of_another(plain)} of plain RPC; "
+        f"the same text as one node for {same} of {backend.tokens} tokens",
+    )
+    devices(lab, backend, host, worker)
+
+
+class Here:
+    """This machine, for engines of the benchmarks."""
+
+    inside = staticmethod(contextlib.nullcontext)
+
+
+def plain_recipe(backend: Backend, host: SplitNode, worker: SplitNode) -> Recipe:
+    """The host's engine and the worker's RPC server as they run, without meshd between them."""
+    (engine,), (server,) = host.running("llama-server"), worker.running("rpc-server")
+    recipe = recipe_of(argv_of(engine) or (), argv_of(server) or ())
+    of_host, of_worker = (
+        ("env", *(f"{name}={value}" for name, value in environ.items()))
+        for environ in backend.environ
+    )
+    return replace(
+        recipe,
+        engine=(*of_host, *recipe.engine),
+        rpc_server=(*of_worker, *recipe.rpc_server),
+    )
+
+
+def planned(lab: Lab, host: SplitNode, worker: SplitNode) -> None:
     plan = host.plan()
     workers = plan.get("workers", [])
     told = ", ".join(f"{w['node']} {w['share']:.0%}, {w['bytes'] / 1e9:.2f} GB" for w in workers)
@@ -150,16 +215,6 @@ def split(lab: Lab, backend: Backend, host: SplitNode, worker: SplitNode, solo: 
     lab.note("two nodes: plan", names == [worker.name], f"{plan.get('kind')}: {told or 'nobody'}")
     if names != [worker.name]:
         raise SystemExit(lab.table())
-    speed = speed_of(host, backend)
-    pairs = zip(speed.text, solo.text, strict=True)
-    same = next((n for n, (ours, theirs) in enumerate(pairs) if ours != theirs), backend.tokens)
-    lab.note(
-        "two nodes",
-        same > 0,
-        f"{speed}; {speed.prompt / solo.prompt:.2f} and {speed.generated / solo.generated:.2f} "
-        f"of one node; the same text for {same} of {backend.tokens} tokens",
-    )
-    devices(lab, backend, host, worker)
 
 
 def devices(lab: Lab, backend: Backend, host: SplitNode, worker: SplitNode) -> None:
@@ -211,23 +266,17 @@ def worker_killed(lab: Lab, backend: Backend, host: SplitNode, worker: SplitNode
     lab.note("the worker comes back", True, f"served again {back_s:.2f} s after its start")
 
 
-def speed_of(node: SplitNode, backend: Backend) -> Speed:
-    """By the engine's own account, after an answer that does not count."""
-    where = node.engine_socket()
-    prompts = random.Random(7)
+def answers_of(where: Path, backend: Backend) -> list[dict[str, Any]]:
+    """What the engine at this socket says, and by its own account how fast."""
+    drawn = random.Random(7)
     answers = []
     for _ in range(backend.times + 1):
-        prompt = [prompts.randint(3, 353) for _ in range(PROMPT_TOKENS)]
+        prompt = [drawn.randint(3, 353) for _ in range(PROMPT_TOKENS)]
         answer = greedy(where, prompt, backend.tokens)
         if answer is None:
-            raise SystemExit(f"{node.name}: its engine does not answer")
+            raise SystemExit(f"the engine at {where} does not answer")
         answers.append(answer)
-    timings = [answer["timings"] for answer in answers[1:]]
-    return Speed(
-        median(t["prompt_per_second"] for t in timings),
-        median(t["predicted_per_second"] for t in timings),
-        tuple(answers[0]["tokens"]),
-    )
+    return answers
 
 
 if __name__ == "__main__":
