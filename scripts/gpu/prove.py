@@ -66,6 +66,8 @@ class Lab:
         words = ["runtime", "build", "--backend", backend]
         if source := os.environ.get("SOURCE"):
             words += ["--source", source]
+        if jobs := os.environ.get("JOBS"):
+            words += ["--jobs", jobs]
         done = subprocess.run(
             [sys.executable, "-m", "meshd", *words], env=self.environ, stdout=subprocess.PIPE
         )

@@ -8,6 +8,7 @@
 #
 # WORK: where engines, model and environment go (default: ./.prove); a second run goes on from there.
 # SOURCE: llama.cpp as `meshd runtime build --source` takes it (default: the pinned one, fetched).
+# JOBS: compilers at once (default: as many as processors and memory allow).
 # WHEELS: a directory with wheels of meshd's dependencies, for a machine without network.
 # STEPS: `build`, `rest` or `all` (the default).
 set -eu

@@ -10,7 +10,7 @@
 #
 # WORK: where engines, model and environment go (default: ./.prove, as for prove.sh); a second run
 #   goes on from there.
-# SOURCE, WHEELS: as for prove.sh.
+# SOURCE, JOBS, WHEELS: as for prove.sh.
 # RUNTIME_DIR: a directory with an engine to use instead of building one.
 # SPLIT_BACKEND: `cuda` (the default), or `cpu`: the same steps with a model of 417 MB and no GPU.
 set -eu
