@@ -41,6 +41,7 @@ from bench.split_rounds import (
     measure,
 )
 from meshd import config
+from meshd.election.hosted import REPLANS
 from meshd.errors import MeshdError
 from meshd.runtime.registry import Registry
 from tests.models import wide_model
@@ -79,13 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "versions": machine.versions("meshd", "uvloop", "cryptography"),
         "engine": engine.id,
         "n": asdict(options.sizes),
+        "losses_in_a_row": REPLANS,
         "goals": [asdict(goal) | {"verdict": goal.verdict} for goal in goals],
         **asdict(measured),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(document, indent=1) + "\n")
     _say(f"written to {options.out}")
-    return 0
+    return 1 if measured.cut_short else 0
 
 
 def goals_of(measured: Measured) -> list[Goal]:
@@ -125,6 +127,8 @@ def tables(measured: Measured) -> str:
         parts.append(_loads_table(measured.loads))
     if measured.recovery:
         parts.append(_recovery_table(measured.recovery))
+    if measured.cut_short:
+        parts.append(f"Recovery ended after {len(measured.recovery)} losses: {measured.cut_short}")
     return "\n\n".join(parts)
 
 
@@ -163,7 +167,8 @@ def _recovery_table(lost: Sequence[Lost]) -> str:
         values = sorted(getattr(each, field) for each in lost)
         figures = (values[0], median(values), p95(values), values[-1])
         rows.append([name, *(show(v, 2) for v in figures)])
-    return table([f"seconds, n = {len(lost)}", "least", "median", "p95", "most"], rows)
+    head = f"seconds, n = {len(lost)}, loaded anew after {REPLANS} each"
+    return table([head, "least", "median", "p95", "most"], rows)
 
 
 def _say(line: str) -> None:
@@ -173,6 +178,7 @@ def _say(line: str) -> None:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.split", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few rounds: a first look")
+    parser.add_argument("--rounds", type=int, metavar="N", help="of each part that is measured")
     parser.add_argument("--only", metavar="PARTS", help=f"of {','.join(PARTS)}; default: all")
     parser.add_argument("--stock", action="store_true", help="llama.cpp only, no nodes of meshd")
     parser.add_argument(
@@ -183,7 +189,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for part in chosen:
         if part not in PARTS:
             parser.error(f"no part is called {part}; there are {', '.join(PARTS)}")
+    if options.rounds is not None and options.rounds < 1:
+        parser.error("--rounds: at least 1")
     sizes = asdict(QUICK if options.quick else FULL)
+    if options.rounds is not None:
+        sizes = dict.fromkeys(sizes, options.rounds)
     options.sizes = Sizes(**{part: n if part in chosen else 0 for part, n in sizes.items()})
     return options
 

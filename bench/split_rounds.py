@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
-from bench.processes import Stable, family_cpu_s, machine_cpu_s
+from bench.processes import BenchError, Stable, family_cpu_s, machine_cpu_s
 from bench.split_engines import (
     Engines,
     Lender,
@@ -18,6 +19,7 @@ from bench.split_engines import (
     speeds,
 )
 from bench.split_nodes import LENDERS, LONER, OWNER, Lost, SplitNodes
+from meshd.election.hosted import REPLANS
 from tests.mesh.network import Host, Network
 
 ALONE, LOOPBACK, WIRE, MESHD = "alone", "loopback", "wire", "meshd"
@@ -45,6 +47,8 @@ class Measured:
     speeds: list[Figures] = field(default_factory=list)
     loads: list[Figures] = field(default_factory=list)
     recovery: list[Lost] = field(default_factory=list)
+    cut_short: str = ""
+    """Why there are fewer losses than were asked for; empty if there are not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +79,40 @@ def measure(lab: Lab, sizes: Sizes, say: Say, *, nodes: bool) -> Measured:
     if sizes.loads:
         measured.loads = turns.loads(sizes.loads, say)
     if sizes.recovery and mesh is not None:
-        mesh.load()
         mesh.complete()
-        for number in range(sizes.recovery):
-            measured.recovery.append(mesh.lose_worker(number))
-            say(f"recovery {number + 1} of {sizes.recovery}: {measured.recovery[-1]}")
+        measured.recovery, measured.cut_short = losses(mesh, sizes.recovery, say)
     return measured
+
+
+class Losing(Protocol):
+    """Nodes that can lose a worker; see `SplitNodes`."""
+
+    def load(self) -> float: ...
+
+    def unload(self) -> None: ...
+
+    def lose_worker(self, number: int) -> Lost: ...
+
+
+def losses(mesh: Losing, count: int, say: Say) -> tuple[list[Lost], str]:
+    """Lose that many workers, one after the other; also why it ended before, or nothing.
+
+    A host that has planned anew `REPLANS` times in a row pauses at the next loss, and is meant to.
+    That pause is no part of a recovery: before it would come, the model is unloaded, with which the
+    count of losses is forgotten, and loaded again.
+    """
+    found: list[Lost] = []
+    try:
+        for number in range(count):
+            if number % REPLANS == 0:
+                mesh.unload()
+                mesh.load()
+            found.append(mesh.lose_worker(number))
+            say(f"recovery {number + 1} of {count}: {found[-1]}")
+    except BenchError as error:
+        say(f"recovery ends after {len(found)} of {count}: {error}")
+        return found, str(error).partition("\n")[0]
+    return found, ""
 
 
 class Turns:

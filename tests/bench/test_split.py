@@ -6,10 +6,22 @@ from typing import Any
 import pytest
 
 from bench.figures import Goal
+from bench.processes import BenchError
 from bench.split import goals_of, main, tables
 from bench.split_engines import recipe_of
 from bench.split_nodes import Lost
-from bench.split_rounds import ALONE, EMPTY, FILLED, LOOPBACK, MESHD, ONE_NODE, WIRE, Measured
+from bench.split_rounds import (
+    ALONE,
+    EMPTY,
+    FILLED,
+    LOOPBACK,
+    MESHD,
+    ONE_NODE,
+    WIRE,
+    Measured,
+    losses,
+)
+from meshd.election.hosted import REPLANS
 
 ENGINE = shlex.split(
     "/e/llama-server --model /m.gguf --alias m,m~1 --host e.sock --ctx-size 2048 --parallel 1 "
@@ -94,6 +106,45 @@ def test_every_way_has_a_row() -> None:
     assert losses[1][1:] == ["2.00", "3.00", "9.00", "9.00"]
 
 
+class Nodes:
+    """Whose host pauses after `REPLANS` losses since the model was unloaded; nothing else brings
+    it back. Of a whole run only `lives` losses come to an end."""
+
+    def __init__(self, lives: int = 100) -> None:
+        self.loads = 0
+        self._lives = lives
+        self._in_a_row = REPLANS
+
+    def load(self) -> float:
+        self.loads += 1
+        return 1.0
+
+    def unload(self) -> None:
+        self._in_a_row = 0
+
+    def lose_worker(self, number: int) -> Lost:
+        self._in_a_row += 1
+        if self._in_a_row > REPLANS:
+            raise BenchError("not within 120 s: it is served again: paused\nmany lines of logs")
+        if number >= self._lives:
+            raise BenchError("not within 120 s: the host notices\nmany lines of logs")
+        return Lost(0.1, number)
+
+
+def test_no_loss_is_counted_in_which_a_host_pauses() -> None:
+    nodes, said = Nodes(), list[str]()
+    found, cut_short = losses(nodes, 10, said.append)
+    assert [lost.total_s for lost in found] == list(range(10))
+    assert (nodes.loads, cut_short, len(said)) == (4, "", 10)
+
+
+def test_losses_before_one_that_does_not_end_are_kept_and_the_reason_is_told() -> None:
+    found, cut_short = losses(Nodes(lives=5), 10, lambda _: None)
+    assert len(found) == 5
+    told = tables(Measured(recovery=found, cut_short=cut_short)).splitlines()[-1]
+    assert told == "Recovery ended after 5 losses: not within 120 s: the host notices"
+
+
 def test_stock_engines_are_started_as_a_node_starts_its_own() -> None:
     recipe = recipe_of(ENGINE, SERVER)
     assert " ".join(recipe.engine) == (
@@ -109,3 +160,9 @@ def test_parts_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--only", "speed"])
     assert "no part is called speed" in capsys.readouterr().err
+
+
+def test_no_rounds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--rounds", "0"])
+    assert "at least 1" in capsys.readouterr().err
