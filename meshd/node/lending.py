@@ -52,6 +52,8 @@ class _Held:
     """Digest of the weights whose tensors nobody but its server keeps meanwhile."""
     before: Kept | None = None
     """What lay in the cache when it was last counted what its host sends."""
+    besieged: bool = False
+    """Another user is connected to the server."""
 
 
 class Lending(Service):
@@ -282,7 +284,7 @@ class Lending(Service):
     async def _take_back(self, held: _Held) -> None:
         try:
             if held.server is not None:
-                at_rest = await held.server.stop()
+                at_rest = await held.server.stop(at_once=held.besieged)
                 await self._count(held, whole=at_rest)
         except (MeshdError, OSError) as error:
             log.warning("what was sent of %s is not counted: %s", held.loan.ask.model, error)
@@ -306,6 +308,7 @@ class Lending(Service):
         if strangers:
             users = ", ".join(str(user) for user in sorted(strangers))
             log.warning("user %s is connected to the RPC server of %s", users, held.loan.ask.model)
+            held.besieged = True
             self.desk.end(held.loan.id, f"another user ({users}) is connected to its RPC server")
 
     async def _count(self, held: _Held, *, whole: bool) -> None:

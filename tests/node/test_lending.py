@@ -96,6 +96,7 @@ class FakeServer:
         self.may_end = asyncio.Event()
         self.may_end.set()
         self.stopping = False
+        self.stopped_at_once = False
         self.at_rest = True
 
     @classmethod
@@ -111,8 +112,8 @@ class FakeServer:
     def strangers(self) -> frozenset[int]:
         return self.users
 
-    async def stop(self) -> bool:
-        self.stopping = True
+    async def stop(self, *, at_once: bool = False) -> bool:
+        self.stopping, self.stopped_at_once = True, at_once
         await self.may_end.wait()
         return self.at_rest
 
@@ -247,6 +248,7 @@ async def test_a_loan_from_the_ask_to_the_end(bench: Bench) -> None:
     stream.hear({"t": "end", "reason": "unloaded"})
     await wait_for(lambda: bench.room.ended == [lent.id], "the memory is free")
     assert server.stopping
+    assert not server.stopped_at_once
     assert bench.metric("meshd_loans") == 0
 
 
@@ -364,6 +366,7 @@ async def test_another_user_at_the_server_ends_the_loan(bench: Bench) -> None:
     reason = (await stream.said("ended"))["reason"]
     assert reason == "another user (1001) is connected to its RPC server"
     await wait_for(lambda: bench.room.ended == [loan], "the memory is free")
+    assert FakeServer.started[0].stopped_at_once, "or it would serve him next"
 
 
 async def test_a_host_that_is_gone_ends_its_loan(bench: Bench) -> None:

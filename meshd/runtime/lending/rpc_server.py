@@ -135,9 +135,12 @@ class RpcServer:
         connections. Empty where the platform does not tell."""
         return ports.users_connected(self.port) - {os.getuid()}
 
-    async def stop(self) -> bool:
+    async def stop(self, *, at_once: bool = False) -> bool:
         """End it and all it started; it knows no gentler way than to be killed. Gone within
         `END_LIMIT_S`, unless a driver holds it. Calling it again does no harm.
+
+        `at_once`: do not let it come to rest. It takes the next connection as soon as one ends, and
+        would answer a stranger who waits for his turn.
 
         Returns whether it was at rest then, serving nobody: all files it wrote to its cache are
         whole, unless the disk was full.
@@ -145,7 +148,7 @@ class RpcServer:
         try:
             if self._running:
                 self._running = False
-                self._ended_at_rest = await self._rests()
+                self._ended_at_rest = not at_once and await self._rests()
         finally:  # also if whoever stops it is cancelled
             if self._process is not None:
                 self._process.signal_group(signal.SIGKILL)

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from meshd.errors import ModelFailed, UpstreamFailed
-from meshd.runtime.lending import ports, rpc_server
+from meshd.runtime.lending import ports, rpc_server, rpc_words
 from meshd.runtime.lending.rpc_client import probe
 from meshd.runtime.lending.rpc_server import RpcServer, rpc_argv
 from meshd.runtime.orphans import end_orphans
@@ -142,6 +142,23 @@ async def test_a_stop_waits_a_moment_for_whoever_is_leaving(start: Start) -> Non
         await asyncio.sleep(0)
         assert not stopping.done()
     assert await stopping is True
+
+
+@pytest.mark.engine
+async def test_whoever_waits_for_his_turn_does_not_get_it_if_it_is_stopped_at_once(
+    start: Start,
+) -> None:
+    server = await start()
+    here = ports.LOOPBACK, server.port
+    with socket.create_connection(here) as served, socket.create_connection(here) as next_one:
+        await wait_for(lambda: _count(server, rpc_server.SERVES) == 2, "it serves the first")
+        next_one.sendall(rpc_words.hello())
+        stopping = asyncio.create_task(server.stop(at_once=True))
+        await asyncio.sleep(0)
+        served.close()
+        assert await stopping is False
+        with pytest.raises(ConnectionResetError):
+            next_one.recv(1)
 
 
 @pytest.mark.engine
