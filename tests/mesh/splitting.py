@@ -39,8 +39,11 @@ def split_mesh(lan: Lan, *names: str) -> Nodes:
     return lan.mesh(*names, flags=dict.fromkeys(names, CAPPED))
 
 
-def load(node: MeshNode, weights: Path, *options: str, context: int = 1024, slots: int = 1) -> None:
-    """Returns when it is ready. With 1024 tokens in all slots it takes three `CAPPED` nodes."""
+def load(
+    node: MeshNode, weights: Path | str, *options: str, context: int = 1024, slots: int = 1
+) -> None:
+    """Returns when it is ready. `weights`: a file, or what a hub calls it. With 1024 tokens in all
+    slots it takes three `CAPPED` nodes."""
     shape = ("--ctx", str(context), "--parallel", str(slots))
     done = node.meshd("load", str(weights), *shape, *options)
     assert done.returncode == 0, done.stderr
@@ -83,6 +86,31 @@ def of(nodes: Collection[MeshNode], name: str) -> MeshNode:
     return next(node for node in nodes if node.name == name)
 
 
+# -- what it says ---------------------------------------------------------------------------------
+
+
+def answer(node: MeshNode, prompt: str, tokens: int) -> str:
+    """The text of the whole answer, greedy."""
+    status, _, body = node.request("POST", "/v1/completions", question(prompt, tokens))
+    assert status == 200, body
+    said = json.loads(body)
+    assert said["usage"]["completion_tokens"] == tokens
+    (choice,) = said["choices"]
+    text: str = choice["text"]
+    return text
+
+
+def question(prompt: str, tokens: int) -> dict[str, Any]:
+    greedy = {"temperature": 0, "seed": 1, "cache_prompt": False, "ignore_eos": True}
+    return {"model": MODEL, "prompt": prompt, "max_tokens": tokens} | greedy
+
+
+def logged(node: MeshNode, words: str) -> list[str]:
+    """What it logged since it was made that has these words; the oldest line first."""
+    lines = (node.data_dir / "stderr.txt").read_text().splitlines()
+    return [line for line in lines if words in line]
+
+
 # -- what runs ------------------------------------------------------------------------------------
 
 
@@ -95,6 +123,18 @@ def engine_parts(node: MeshNode) -> Counter[str]:
     """How many of each kind run on its host, of those that a split model has and nothing else."""
     kinds = Counter(map(_kind, node.host.processes()))
     return Counter({kind: kinds[kind] for kind in (ENGINE, RPC_SERVER, TUNNEL) if kinds[kind]})
+
+
+def rpc_port(worker: MeshNode) -> int:
+    """Of its RPC server, on its loopback."""
+    (server,) = processes(worker, RPC_SERVER)
+    return int(_option(server.cmdline(), "-p"))
+
+
+def tunnel_ports(host: MeshNode) -> list[int]:
+    """Ends of its tunnels, on its loopback, in the order of the workers."""
+    (engine,) = processes(host, ENGINE)
+    return [int(end.rpartition(":")[2]) for end in _option(engine.cmdline(), "--rpc").split(",")]
 
 
 def loans(node: MeshNode) -> int:
@@ -147,3 +187,7 @@ def _kind(process: psutil.Process) -> str:
     if "-m" in argv and (place := argv.index("-m") + 1) < len(argv):
         return argv[place]
     return Path(argv[0]).name if argv else ""
+
+
+def _option(argv: list[str], name: str) -> str:
+    return argv[argv.index(name) + 1]

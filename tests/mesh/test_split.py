@@ -3,7 +3,6 @@ loads send, and that nothing stays of it."""
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,11 @@ from tests.mesh.nodes import Lan, MeshNode, Nodes
 from tests.mesh.splitting import (
     MODEL,
     Placed,
+    answer,
     load,
     of,
     plan_of,
+    question,
     sent,
     split_mesh,
     tidy,
@@ -63,7 +64,7 @@ def test_a_split_model_answers_as_it_does_alone_and_leaves_nothing(engine_lan: L
     load(a, weights, "--host", "a")
     again = wait_placed(engine_lan, *nodes)
     assert again.plan == where.plan
-    begun = _answer(a, PROMPTS[0], FEW_TOKENS).rstrip("\ufffd")  # the last character may be cut
+    begun = answer(a, PROMPTS[0], FEW_TOKENS).rstrip("\ufffd")  # the last character may be cut
     assert begun
     assert expected[0].startswith(begun)
     total = _unloaded(engine_lan, a, nodes)
@@ -82,7 +83,7 @@ def _is_told(where: Placed, nodes: Nodes) -> None:
     assert sum(w["share"] for w in workers) < 1
     words = ",".join(f"{w['node']}:{w['share']:.2f}" for w in workers)
     for node in nodes:
-        status, headers, _ = node.request("POST", "/v1/completions", _question("hi", 1))
+        status, headers, _ = node.request("POST", "/v1/completions", question("hi", 1))
         way = "local" if node.name == where.host else "remote"
         assert (status, headers["x-meshd-node"]) == (200, where.host)
         assert headers["x-meshd-route"] == f"{way}; workers={words}"
@@ -129,19 +130,4 @@ def _workers(where: Placed) -> list[dict[str, Any]]:
 
 
 def _answers(node: MeshNode) -> list[str]:
-    return [_answer(node, prompt) for prompt in PROMPTS]
-
-
-def _answer(node: MeshNode, prompt: str, tokens: int = TOKENS) -> str:
-    status, _, body = node.request("POST", "/v1/completions", _question(prompt, tokens))
-    assert status == 200, body
-    answer = json.loads(body)
-    assert answer["usage"]["completion_tokens"] == tokens
-    (choice,) = answer["choices"]
-    text: str = choice["text"]
-    return text
-
-
-def _question(prompt: str, tokens: int) -> dict[str, Any]:
-    greedy = {"temperature": 0, "seed": 1, "cache_prompt": False, "ignore_eos": True}
-    return {"model": MODEL, "prompt": prompt, "max_tokens": tokens} | greedy
+    return [answer(node, prompt, TOKENS) for prompt in PROMPTS]

@@ -20,17 +20,16 @@ from tests.mesh.network import Host
 from tests.mesh.nodes import PEER_PORT, Lan, MeshNode, Nodes
 from tests.mesh.splitting import (
     CAPPED,
-    ENGINE,
     MODEL,
-    RPC_SERVER,
     Placed,
     load,
     loans,
     of,
     placed,
     plan_of,
-    processes,
+    rpc_port,
     split_mesh,
+    tunnel_ports,
     wait_placed,
 )
 from tests.mesh.wire import ARP, NEIGHBOURS, Capture
@@ -157,10 +156,8 @@ def _would_have_been_seen(
 
 def _nobody_else_gets_through(stranger: Host, nodes: Nodes, where: Placed) -> None:
     host, worker, other = (of(nodes, name) for name in (where.host, *where.workers))
-    (server,), (engine,) = processes(worker, RPC_SERVER), processes(host, ENGINE)
-    rpc_port = int(_option(server.cmdline(), "-p"))
-    tunnels = [int(end.rpartition(":")[2]) for end in _option(engine.cmdline(), "--rpc").split(",")]
-    for node, port in [(worker, rpc_port), *((host, tunnel) for tunnel in tunnels)]:
+    ends = [(worker, rpc_port(worker)), *((host, port) for port in tunnel_ports(host))]
+    for node, port in ends:
         with _connection(stranger, node, PEER_PORT):
             pass  # it reaches the machine
         with pytest.raises(ConnectionRefusedError), _connection(stranger, node, port):
@@ -193,7 +190,3 @@ def _connection(host: Host, to: MeshNode, port: int) -> Iterator[socket.socket]:
         made = socket.create_connection((to.host.address, port), timeout=CONNECT_LIMIT_S)
     with made:
         yield made
-
-
-def _option(argv: list[str], name: str) -> str:
-    return argv[argv.index(name) + 1]

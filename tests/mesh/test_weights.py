@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import pytest
 from meshd.cache.builtin import write_model
 from meshd.cache.chunks import CHUNK_BYTES
 from tests.hub import LocalHub
+from tests.mesh.disks import Disk
 from tests.mesh.nodes import Lan, MeshNode
 from tests.models import split_model
 
@@ -26,7 +25,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 REPO = "owner/shared-GGUF"
 REF = f"{REPO}:F16"
 MODEL = "shared-F16"
-NO_HUB = "http://127.0.0.1:9"
 
 
 @pytest.fixture(scope="module")
@@ -44,49 +42,9 @@ def hub(shards: list[Path]) -> Iterator[LocalHub]:
         yield hub
 
 
-class Disk:
-    """The cache of one machine."""
-
-    def __init__(self, home: Path, hub: LocalHub) -> None:
-        self._hub = hub
-        self._home = home
-        self.blobs = home / "hf" / "hub" / "models--owner--shared-GGUF" / "blobs"
-
-    @property
-    def places(self) -> dict[str, str]:
-        return {
-            "HF_HOME": str(self._home / "hf"),
-            "HF_HUB_CACHE": str(self._home / "hf" / "hub"),
-            "XDG_CACHE_HOME": str(self._home / "cache"),
-        }
-
-    @property
-    def environ(self) -> dict[str, Any]:
-        """For a node: no hub."""
-        return {**self.places, "HF_ENDPOINT": NO_HUB, "HF_HUB_DISABLE_XET": "1"}
-
-    def fill(self) -> Disk:
-        """Pull the model from the hub."""
-        self._run(sys.executable, "-m", "meshd", "cache", "pull", REF)
-        return self
-
-    def hf(self, *words: str) -> str:
-        """What huggingface_hub's own command says of this cache, beside the hub."""
-        return self._run(str(Path(sys.executable).with_name("hf")), *words)
-
-    def content(self) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in self.blobs.iterdir()}
-
-    def _run(self, *command: str) -> str:
-        environ = {**self._hub.environment(self._home / "hf"), **self.places, "NO_COLOR": "1"}
-        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-
 @pytest.fixture
 def disks(tmp_path: Path, hub: LocalHub) -> dict[str, Disk]:
-    return {name: Disk(tmp_path / name, hub) for name in "abc"}
+    return {name: Disk(tmp_path / name, hub, REPO) for name in "abc"}
 
 
 def start(lan: Lan, disks: dict[str, Disk], *names: str) -> list[MeshNode]:
@@ -107,7 +65,7 @@ def pull(node: MeshNode) -> dict[str, Any]:
 
 
 def test_one_peer_has_it_and_the_hub_is_away(lan: Lan, disks: dict[str, Disk]) -> None:
-    disks["a"].fill()
+    disks["a"].fill(REF)
     a, b = start(lan, disks, "a", "b")
     done = pull(b)
     assert done["t"] == "done"
@@ -128,7 +86,7 @@ def test_one_peer_has_it_and_the_hub_is_away(lan: Lan, disks: dict[str, Disk]) -
 def test_a_node_serves_what_only_another_had_on_disk(
     engine_lan: Lan, disks: dict[str, Disk]
 ) -> None:
-    disks["a"].fill()
+    disks["a"].fill(REF)
     _, b = start(engine_lan, disks, "a", "b")
     loaded = b.meshd("load", REF, "--host", "b")
     assert loaded.returncode == 0, loaded.stderr
@@ -141,7 +99,7 @@ def test_a_source_that_lies_is_left_and_the_truth_arrives(
     lan: Lan, disks: dict[str, Disk], shards: list[Path]
 ) -> None:
     for name in "ab":
-        disks[name].fill()
+        disks[name].fill(REF)
     for blob in disks["a"].blobs.iterdir():  # as a disk that forgets: size and time are the same
         status = blob.stat()
         with blob.open("r+b") as file:
@@ -160,7 +118,7 @@ def test_a_source_that_lies_is_left_and_the_truth_arrives(
 
 def test_a_source_that_dies_is_survived(lan: Lan, disks: dict[str, Disk]) -> None:
     for name in "ab":
-        disks[name].fill()
+        disks[name].fill(REF)
     a, _, c = start(lan, disks, "a", "b", "c")
     lan.network.hosts["a"].slow_down("20mbit")
     lan.network.hosts["b"].slow_down("40mbit")
