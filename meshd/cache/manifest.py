@@ -8,7 +8,7 @@ bounds.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Annotated, Final
 
 from pydantic import (
@@ -90,6 +90,15 @@ class Manifest(BaseModel):
     def files(self) -> tuple[Shard, ...]:
         """Everything that has to be on disk."""
         return self.shards if self.mmproj is None else (*self.shards, self.mmproj)
+
+    def only(self, hashes: Collection[str]) -> Manifest:
+        """The same with those of its shards alone that have one of the sha256 `hashes`. Its digest
+        is another one: for what is on the way, not for what is known. Raises ValueError if it has
+        none of them."""
+        shards = tuple(shard for shard in self.shards if shard.sha256 in hashes)
+        if not shards:
+            raise ValueError("none of its shards")
+        return self.model_copy(update={"shards": shards, "mmproj": None})
 
     @property
     def total_bytes(self) -> int:

@@ -15,8 +15,9 @@ This is the way every model takes to an engine, and a set that is not whole does
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncIterable, Callable
+from collections.abc import AsyncIterable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
@@ -152,13 +153,19 @@ class Preparer:
     ) -> tuple[SetVerdict, Manifest]:
         """Rules 2 to 5 for a set of the hub; one at a time for each. `told` hears all news of a
         fetch. `newest`: ask the hub what a branch is now, if it can be asked."""
-        self.busy_with[wanted] = self.busy_with.get(wanted, 0) + 1
-        turn = self._turns.setdefault(wanted, asyncio.Lock())
-        if turn.locked():
-            moved(Preparing(ModelState.WAITING, "it is being fetched already"))
-        try:
+        with self.busy(wanted) as turn:
+            if turn.locked():
+                moved(Preparing(ModelState.WAITING, "it is being fetched already"))
             async with turn:
                 return await self._make_whole(name, wanted, moved, told, newest)
+
+    @contextlib.contextmanager
+    def busy(self, wanted: HubRef) -> Iterator[asyncio.Lock]:
+        """Somebody waits for `wanted`, so that nothing of it is removed meanwhile. The lock is for
+        making it whole."""
+        self.busy_with[wanted] = self.busy_with.get(wanted, 0) + 1
+        try:
+            yield self._turns.setdefault(wanted, asyncio.Lock())
         finally:
             self.busy_with[wanted] -= 1
             if not self.busy_with[wanted]:

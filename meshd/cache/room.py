@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from meshd.cache.manifest import Manifest
 from meshd.cache.places import Places
-from meshd.cache.preparing import Preparer
-from meshd.cache.references import BuiltinRef, FileRef, HubRef, format_ref
+from meshd.cache.preparing import Preparer, Told, failure
+from meshd.cache.references import BuiltinRef, FileRef, HubRef, format_ref, parse_hub_ref
 from meshd.cache.store import Store
 from meshd.cache.uses import UseBook
 from meshd.cache.verifying import Moved, Verifier
@@ -27,7 +27,7 @@ from meshd.errors import BadReference, CacheUnwritable, NoSpace
 from meshd.ids import ModelId
 from meshd.kernel import Pool
 from meshd.sizes import format_size, parse_size_or_share
-from meshd.view import CacheView, WeightsView
+from meshd.view import CacheView, NeededWeights, WeightsView
 from meshd.view.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from meshd.cache.inventory import Inventory, StoredSet
     from meshd.cache.offering import Offering
     from meshd.cache.removal import Removed, Remover
-    from meshd.cache.tensors import TensorPlace
+    from meshd.cache.tensors import HeldShards
     from meshd.cache.transfer.fetching import Fetch
     from meshd.cache.transfer.words import Credentials, FetchOrder, News, PeerSource
 
@@ -175,11 +175,52 @@ class CacheRoom:
         async with await self._start(order) as fetch:
             return await shaping.shape_told(fetch)
 
-    async def tensors(self, digest: str) -> tuple[TensorPlace, ...]:
-        """See `tensors_of`. Raises PoolFull."""
-        from meshd.cache.tensors import tensors_of
+    # -- for splits -------------------------------------------------------------------------------
 
-        return await self.pool.run(tensors_of, digest, self.store)
+    async def held_shards(self, digest: str) -> HeldShards | None:
+        """See `tensors.held_shards`. Raises PoolFull."""
+        from meshd.cache.tensors import held_shards
+
+        return await self.pool.run(held_shards, digest, self.store)
+
+    async def missing_bytes(self, weights: NeededWeights) -> int:
+        """See `tensors.missing_bytes`. Raises PoolFull, BadReference."""
+        from meshd.cache.tensors import missing_bytes
+
+        repo = parse_hub_ref(weights.ref).repo
+        return await self.pool.run(missing_bytes, repo, weights.files, self.store)
+
+    async def fetch_shards(
+        self, digest: str, weights: NeededWeights, missing_bytes: int, told: Told
+    ) -> int:
+        """Fetch the files that `weights` names, and nothing else of the set of that digest, from
+        other nodes: the hub is not asked, and nothing makes room for them. On the disk there stays
+        room for its tensors besides. `told` hears all news. Returns the bytes that came; leaving it
+        ends it, in a state to go on from. Raises MeshdError."""
+        from meshd.cache.transfer.words import Done, FetchFailed
+
+        wanted = parse_hub_ref(weights.ref)
+        usage = await self.usage()
+        if usage.budget_bytes is not None:
+            over = usage.used_bytes + missing_bytes - usage.budget_bytes
+            if over > 0:
+                raise NoSpace(f"the cache's budget leaves {format_size(over)} too little")
+        only = tuple(sha256 for sha256, _ in weights.files)
+        order = self._order(wanted, digest, expected_digest=digest, only=only, offline=True)
+        order = order.model_copy(update={"reserve_bytes": order.reserve_bytes + weights.bytes})
+        end: News | None = None
+        try:
+            with self.preparer.busy(wanted):
+                async with await self._start(order) as fetch:
+                    async for end in self._offered(fetch):
+                        told(end)
+        finally:
+            self.changed()
+        if isinstance(end, FetchFailed):
+            raise failure(end, None, "")
+        assert isinstance(end, Done), "a fetch ends with one of the two"
+        self.verifier.verified_bytes += end.fetched_bytes
+        return end.fetched_bytes
 
     def here(self, ref: str) -> str | None:
         """None if this node could use what `ref` names, else why not; see `Preparer.here`."""

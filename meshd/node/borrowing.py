@@ -9,14 +9,15 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-from meshd.errors import NoMesh, PeerUnreachable, SplitFailed
+from meshd.errors import MeshdError, NoMesh, PeerUnreachable, SplitFailed
 from meshd.ids import LoanId, ModelId, NodeId
 from meshd.kernel import Board, Clock
 from meshd.runtime.process import guarded
 from meshd.sizes import format_size
-from meshd.view import ModelState, Part, SplitPlan, View
+from meshd.view import ModelState, NeededWeights, Part, SplitPlan, View
 
 if TYPE_CHECKING:
+    from meshd.cache.room import CacheRoom
     from meshd.peers.bulk.tunnels import Tunnels
     from meshd.peers.loans.borrowing import Borrowed
     from meshd.peers.mesh import MeshService
@@ -27,6 +28,10 @@ log = logging.getLogger(__name__)
 TUNNELS: Final = (sys.executable, "-P", "-m", "meshd.tunnel")
 COUNTED_S: Final = 2.0
 """After which what tunnels carried until now has been counted."""
+LOOK_S: Final = 2.0
+"""How long it is looked for what workers need of the weights; without it the host sends it."""
+BUSY_BYTES: Final = 8 << 20
+"""A second in which a tunnel carried less says nothing about what it could have carried."""
 AVOIDED_S: Final = 3.0
 """How long a node that refused, or was lost, is left out of plans. If it is dead, membership says
 so by then; if it is not, it may be the only one there is."""
@@ -36,15 +41,23 @@ class Borrowing:
     """`borrow` is what `runtime.group` calls so. `mesh`: once it is there."""
 
     def __init__(
-        self, board: Board[View], mesh: Callable[[], MeshService], *, clock: Clock
+        self,
+        board: Board[View],
+        cache: CacheRoom,
+        mesh: Callable[[], MeshService],
+        *,
+        clock: Clock,
     ) -> None:
         self._board = board
+        self._cache = cache
         self._mesh = mesh
         self._clock = clock
         self._avoided: dict[NodeId, float] = {}
         """Until when."""
         self._fastest: dict[NodeId, float] = {}
         """Bytes per second of the busiest second of a tunnel."""
+        self._pushed: dict[NodeId, float] = {}
+        """Bytes that were sent in the best second in which there was much to send."""
         self._carried: Counter[tuple[NodeId, str]] = Counter()
         self._loading: dict[ModelId, tuple[Borrowed, SplitPlan, int]] = {}
         """What is borrowed for engines that load, and what its workers had been sent before."""
@@ -68,7 +81,12 @@ class Borrowing:
         try:
             borrowed = await borrowing.borrow(
                 borrowing.BorrowOrder(
-                    model, order.epoch, runtime.rpc_protocol, order.digest, order.plan
+                    model,
+                    order.epoch,
+                    runtime.rpc_protocol,
+                    order.digest,
+                    order.plan,
+                    await self._needs(order),
                 ),
                 connect=self._connect,
                 open_tunnels=self._open_tunnels,
@@ -95,6 +113,31 @@ class Borrowing:
         for (node, direction), count in sorted(self._carried.items()):
             labels = {"peer": names.get(node, node[:8]), "direction": direction}
             yield "meshd_tunnel_bytes_total", labels, count
+
+    async def _needs(self, order: LoanOrder) -> Mapping[NodeId, NeededWeights]:
+        """What each worker needs of the weights; nothing if that cannot be told soon."""
+        from meshd.runtime.lending.extents import TensorExtent
+        from meshd.runtime.lending.needs import needs
+
+        digest = order.digest
+        if digest is None:
+            return {}
+        try:
+            async with asyncio.timeout(LOOK_S):
+                held = await self._cache.held_shards(digest)
+        except (MeshdError, OSError) as error:  # TimeoutError is one
+            log.warning("what workers need of %s is not known: %r", order.model, error)
+            return {}
+        if held is None or not held.whole:
+            return {}
+        return needs(
+            order.plan.parts,
+            held.ref,
+            [TensorExtent(*place) for place in held.tensors],
+            {path: (shard.sha256, shard.size) for path, shard in held.files.items()},
+            holders={peer.id for peer in self._board.current.peers if digest in peer.weights},
+            bytes_per_s=self._pushed,
+        )
 
     def _avoid(self, workers: Iterable[str]) -> None:
         until = self._clock.now() + AVOIDED_S
@@ -147,3 +190,5 @@ class Borrowing:
         self._carried[node, "in"] += received
         self._carried[node, "out"] += sent
         self._fastest[node] = max(self._fastest.get(node, 0.0), float(received + sent))
+        if sent >= BUSY_BYTES:
+            self._pushed[node] = max(self._pushed.get(node, 0.0), float(sent))

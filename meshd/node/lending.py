@@ -19,7 +19,9 @@ from meshd.config import Config
 from meshd.errors import MeshdError, PeerRefused
 from meshd.ids import LoanId, NodeId
 from meshd.kernel import Board, Pool, Service
+from meshd.node.supplying import Supplying
 from meshd.peers.loans.lending import LoanDesk
+from meshd.runtime.lending import rpc_words
 from meshd.runtime.lending.extents import TensorExtent, held_by
 from meshd.runtime.lending.rpc_server import RpcServer, RpcSpec
 from meshd.runtime.lending.tensor_cache import Kept, TensorCache, TensorCaches
@@ -86,6 +88,7 @@ class Lending(Service):
         self._caches = TensorCaches(
             config.data_dir / "tensors", parse_size(config.engine.tensor_cache)
         )
+        self._supplying = Supplying(board, cache)
         self._held: dict[LoanId, _Held] = {}
         self._leaving: dict[asyncio.Task[None], str | None] = {}
         """What takes loans back, with the digest of the weights each was for."""
@@ -149,10 +152,15 @@ class Lending(Service):
         held, ask, runtime = self._held[loan.id], loan.ask, self._runtime()
         binary = _rpc_binary(runtime)
         assert binary is not None, "looked at when it was granted"
-        moved("starting the RPC server")
+        moved("looking for its weights")
         self._expect_tunnel()
-        tensors = await self._tensors(ask)
         held.cache = await self._cache_for(held)
+        if held.cache is not None and ask.rpc_protocol == rpc_words.PROTOCOL:
+            kept = await self._pool.run(held.cache.files)
+            kept_bytes = sum(file.size for file in kept.values())
+            await self._supplying.supply(loan, kept_bytes, moved)
+        tensors = await self._tensors(ask)
+        moved("starting the RPC server")
         held.server = await RpcServer.start(
             RpcSpec(
                 loan=loan.id,
@@ -223,6 +231,7 @@ class Lending(Service):
     def metrics(self) -> Iterable[tuple[str, Mapping[str, str], float]]:
         yield "meshd_loans", {}, len(self._held)
         yield "meshd_tensors_pushed_bytes_total", {}, self.pushed_bytes
+        yield "meshd_shards_fetched_bytes_total", {}, self._supplying.fetched_bytes
 
     # -- one loan ---------------------------------------------------------------------------------
 
@@ -236,12 +245,15 @@ class Lending(Service):
         if ask.digest is None:
             return ()
         try:
-            places = await self._cache.tensors(ask.digest)
+            held = await self._cache.held_shards(ask.digest)
         except (MeshdError, OSError) as error:
             log.warning("weights of %s are not looked for: %s", ask.model, error)
             return ()
-        whole = tuple(TensorExtent(*place) for place in places)
-        return held_by(ask.part, whole)
+        if held is None:
+            return ()
+        all_known = held.whole or (ask.weights is not None and held.has(ask.weights.files))
+        tensors = tuple(TensorExtent(*place) for place in held.tensors)
+        return held_by(ask.part, tensors, all_known=all_known)
 
     async def _cache_for(self, held: _Held) -> TensorCache | None:
         """One server at a time keeps tensors of one digest: another one would take what that has

@@ -200,7 +200,7 @@ class Rooms:
         from meshd.node.borrowing import Borrowing
         from meshd.node.lending import Lending
 
-        self._borrowing = Borrowing(self._board, self.joined, clock=self._clock)
+        self._borrowing = Borrowing(self._board, cache, self.joined, clock=self._clock)
         self._lending = Lending(
             self._config,
             self._board,

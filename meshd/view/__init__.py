@@ -26,7 +26,15 @@ from meshd.view.snapshots import (
     View,
     WeightsView,
 )
-from meshd.view.split import Lendable, Loan, LoanAsk, Part, SplitPlan, WorkerShare
+from meshd.view.split import (
+    Lendable,
+    Loan,
+    LoanAsk,
+    NeededWeights,
+    Part,
+    SplitPlan,
+    WorkerShare,
+)
 from meshd.view.united import exact_name, union, with_local, with_peers, with_wanted
 
 __all__ = [
@@ -49,6 +57,7 @@ __all__ = [
     "MeshView",
     "ModelState",
     "ModelView",
+    "NeededWeights",
     "NodeState",
     "NodeView",
     "Part",

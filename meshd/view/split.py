@@ -90,6 +90,25 @@ class SplitPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class NeededWeights:
+    """What a worker needs of the weights, by its host, which has them: for it to decide whether to
+    fetch them from other nodes, and to do it."""
+
+    ref: str
+    """Of the set on its hub, with the commit."""
+    files: tuple[tuple[str, int], ...]
+    """sha256 and bytes of those in which its tensors lie, in order."""
+    bytes: int
+    """Of those of its tensors that it can keep, and that need not be sent to it then."""
+    pushed_bytes: int
+    """The same of all workers that do not say they hold the weights, this one included."""
+    pushed_to: int
+    """How many those are."""
+    bytes_per_s: float | None
+    """What its host has sent it in the best second so far; None if it never had much to send."""
+
+
+@dataclass(frozen=True, slots=True)
 class LoanAsk:
     """What a host asks one worker for."""
 
@@ -101,6 +120,8 @@ class LoanAsk:
     part: Part
     digest: str | None
     """Of the weights, to find them on the worker's disk."""
+    weights: NeededWeights | None = None
+    """None if the host cannot say."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from meshd.cache.chunks import CHUNK_BYTES
+from meshd.cache.manifest import Manifest
+from meshd.cache.references import parse_hub_ref
+from meshd.cache.transfer.words import FetchFailed, News
 from meshd.errors import BadReference, BrokenWeights, HubRefused, HubUnavailable, NoSpace
-from meshd.view import ModelState
+from meshd.view import ModelState, NeededWeights
 from tests.cache.rooms import REPO, Moves, RoomMaker
 from tests.cache.sets import write_set
 from tests.hub import LocalHub, Slow, Status
@@ -248,3 +252,41 @@ async def test_what_was_used_longest_ago_makes_room(
 async def test_the_disk_keeps_its_reserve(rooms: RoomMaker) -> None:
     with pytest.raises(NoSpace, match=r"cache\.reserve"):
         await rooms.make(reserve="100%").prepare(REF, Moves())
+
+
+def needed(shards: list[Path], manifest: Manifest) -> NeededWeights:
+    """What a host would say of the first of `shards`."""
+    first = manifest.shards[0]
+    ref = f"{REPO}@{manifest.revision}:Q4_K_M"
+    return NeededWeights(ref, ((first.sha256, first.size),), first.size, first.size, 1, None)
+
+
+async def test_shards_for_a_split_make_nothing_go_and_are_not_of_the_hub(
+    rooms: RoomMaker, hub: LocalHub, shards: list[Path]
+) -> None:
+    room = rooms.make()
+    weights = await room.prepare(REF, Moves())
+    manifest = room.preparer.known(parse_hub_ref(REF))
+    assert manifest is not None
+    wanted = needed(shards, manifest)
+    assert await room.missing_bytes(wanted) == 0
+    weights.paths[0].resolve().unlink()
+    assert await room.missing_bytes(wanted) == wanted.bytes
+    used = (await room.usage()).used_bytes
+    small = rooms.make(budget=str(used + wanted.bytes - 1))
+    with pytest.raises(NoSpace, match="budget leaves 1 B too little"):
+        await small.fetch_shards(manifest.digest, wanted, wanted.bytes, lambda _: None)
+    assert all(path.exists() for path in weights.paths[1:])
+    hub.forget_requests()
+    told: list[News] = []
+    enough = rooms.make(budget=str(used + wanted.bytes))
+    with pytest.raises(HubRefused, match="nobody can bring what is missing"):
+        await enough.fetch_shards(manifest.digest, wanted, wanted.bytes, told.append)
+    assert isinstance(told[-1], FetchFailed)
+    assert hub.sent() == 0
+    assert enough.preparer.busy_with == {}
+    # Too little disk for shards and their tensors: it says so before anything comes.
+    with pytest.raises(NoSpace, match="are to be fetched"):
+        await enough.fetch_shards(
+            manifest.digest, replace(wanted, bytes=1 << 52), wanted.bytes, told.append
+        )

@@ -11,10 +11,21 @@ from typing import Any, cast
 
 import pytest
 
-from meshd.errors import MeshdError, NoMesh, PeerRefused, PeerUnreachable, SplitFailed
+from meshd.cache.manifest import Shard
+from meshd.cache.room import CacheRoom
+from meshd.cache.tensors import HeldShards, TensorPlace
+from meshd.errors import (
+    MeshdError,
+    NoMesh,
+    NotInCache,
+    PeerRefused,
+    PeerUnreachable,
+    SplitFailed,
+)
 from meshd.ids import LoanId, ModelId, NodeId
 from meshd.kernel import Board, ManualClock
-from meshd.node.borrowing import AVOIDED_S, TUNNELS, Borrowing
+from meshd.node import borrowing as borrowing_module
+from meshd.node.borrowing import AVOIDED_S, BUSY_BYTES, TUNNELS, Borrowing
 from meshd.peers.bulk.tunnel_words import TunnelEnd
 from meshd.peers.bulk.tunnels import Tunnels
 from meshd.peers.bulk.words import Credentials
@@ -24,13 +35,26 @@ from meshd.peers.loans.lending import LoanDesk
 from meshd.peers.mesh import MeshService
 from meshd.runtime.group import LoanOrder
 from meshd.runtime.lending import rpc_client
-from meshd.view import ModelState, ModelView, PeerState, SplitPlan, View, with_local, with_peers
+from meshd.view import (
+    ModelState,
+    ModelView,
+    NeededWeights,
+    PeerState,
+    SplitPlan,
+    View,
+    with_local,
+    with_peers,
+)
 from tests.election.rooms import a_peer, a_view
 from tests.peers.loans.parts import FakeLender, a_part
 from tests.runtime.conftest import wait_for
 
 B, C = (NodeId(letter * 51 + "a") for letter in "bc")
 M = ModelId("m")
+DIGEST = "sha256:" + "d" * 64
+REF = "acme/model@" + "0" * 40 + ":F16"
+SIZE = 11 << 20
+"""Of a tensor that a worker can keep."""
 ORDER = LoanOrder(M, 7, None, SplitPlan((a_part(B, "beta"), a_part(C, "gamma"))))
 CREDENTIALS = Credentials(base64.b64encode(b"ca").decode(), "/c", "/k", "0" * 32)
 
@@ -103,6 +127,27 @@ class FakeMesh:
         return (SimpleNamespace(node_id=B, addresses=["192.0.2.2:9338"]),)
 
 
+class FakeCache:
+    """Of a set in two shards, each with a layer; whole, or not."""
+
+    def __init__(self) -> None:
+        self.whole = True
+        self.hangs = False
+        self.error: MeshdError | None = None
+
+    async def held_shards(self, digest: str) -> HeldShards | None:
+        assert digest == DIGEST
+        if self.error is not None:
+            raise self.error
+        if self.hangs:
+            await asyncio.Event().wait()
+        tensors = [TensorPlace(f"blk.{n}.ffn_up.weight", f"/{n}", 0, SIZE) for n in (0, 12)]
+        files = {
+            f"/{n}": Shard(path=f"{n}.gguf", size=SIZE + 9, sha256=f"{n:064x}") for n in (0, 12)
+        }
+        return HeldShards(REF, tuple(tensors), files, self.whole)
+
+
 class FakeTunnels:
     def __init__(self, ends: Sequence[TunnelEnd]) -> None:
         self.endpoints = tuple(f"127.0.0.1:{4000 + n}" for n in range(len(ends)))
@@ -119,9 +164,12 @@ class Bench:
         assert view.runtime is not None
         runtime = replace(view.runtime, rpc_protocol="7.0.0")
         self.board: Board[View] = Board(replace(view, runtime=runtime))
-        self.mesh = FakeMesh()
+        self.mesh, self.cache = FakeMesh(), FakeCache()
         self.borrowing = Borrowing(
-            self.board, lambda: cast("MeshService", self.mesh), clock=self.clock
+            self.board,
+            cast("CacheRoom", self.cache),
+            lambda: cast("MeshService", self.mesh),
+            clock=self.clock,
         )
         self.told: list[str] = []
         self.ends: tuple[TunnelEnd, ...] = ()
@@ -184,6 +232,46 @@ async def test_what_is_borrowed_of_whom(bench: Bench) -> None:
         TunnelEnd(C, "gamma", (), other.id),
     )
     assert bench.borrowing.avoided() == frozenset()
+
+
+async def needed(bench: Bench) -> list[NeededWeights | None]:
+    """What the two workers are told they need of weights whose digest is known; their layers are
+    those from 0 and from 12 on."""
+    parts = (a_part(B, "beta"), replace(a_part(C, "gamma"), first_layer=12))
+    borrowed = await bench.borrow(LoanOrder(M, 7, DIGEST, SplitPlan(parts)))
+    found = [bench.mesh.lenders[node].granted[-1].ask.weights for node in (B, C)]
+    await borrowed.end("enough")
+    return found
+
+
+async def test_workers_are_told_what_they_need_of_the_weights(bench: Bench) -> None:
+    """Beta has both layers, gamma the second."""
+    files = tuple((f"{n:064x}", SIZE + 9) for n in (0, 12))
+    assert await needed(bench) == [
+        NeededWeights(REF, files, 2 * SIZE, 3 * SIZE, 2, None),
+        NeededWeights(REF, files[1:], SIZE, 3 * SIZE, 2, None),
+    ]
+    bench.counted(B, 0, BUSY_BYTES - 1)
+    bench.counted(C, 0, BUSY_BYTES + 1)
+    bench.counted(C, 10 * BUSY_BYTES, BUSY_BYTES)
+    holder = a_peer(id=B, weights=frozenset({DIGEST}))
+    bench.board.publish(with_peers(bench.board.current, (holder, a_peer(id=C))))
+    assert await needed(bench) == [
+        NeededWeights(REF, files, 2 * SIZE, SIZE, 1, None),
+        NeededWeights(REF, files[1:], SIZE, SIZE, 1, float(BUSY_BYTES + 1)),
+    ]
+
+
+async def test_without_knowing_what_they_need_they_are_asked_all_the_same(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.cache.whole = False
+    assert await needed(bench) == [None, None]
+    bench.cache.error = NotInCache("the disk is gone")
+    assert await needed(bench) == [None, None]
+    bench.cache.error, bench.cache.hangs = None, True
+    monkeypatch.setattr(borrowing_module, "LOOK_S", 0.01)
+    assert await needed(bench) == [None, None]
 
 
 async def test_an_engine_without_rpc_splits_nothing(bench: Bench) -> None:

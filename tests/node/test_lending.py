@@ -10,13 +10,14 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import psutil
 import pytest
 
 from meshd.cache.room import CacheRoom
-from meshd.cache.tensors import TensorPlace
+from meshd.cache.tensors import HeldShards, TensorPlace
 from meshd.config import Config
 from meshd.election.room import ElectionRoom
 from meshd.errors import BadReference, MeshdError, ModelFailed, PeerRefused
@@ -33,12 +34,15 @@ from meshd.view import (
     BinaryView,
     Loan,
     LoanAsk,
+    NeededWeights,
     NodeState,
     NodeView,
     ProofView,
     RuntimeView,
     View,
+    with_peers,
 )
+from tests.election.rooms import a_peer
 from tests.peers.loans.parts import FakeTransport, a_part, an_ask
 from tests.runtime.conftest import wait_for
 
@@ -75,11 +79,26 @@ class FakeCache:
 
     def __init__(self) -> None:
         self.error: MeshdError | None = None
+        self.whole = True
+        self.settings = SimpleNamespace(from_peers=True)
+        self.fetching = asyncio.Event()
+        self.fetched = asyncio.Event()
+        """Fetches wait for it."""
 
-    async def tensors(self, digest: str) -> tuple[TensorPlace, ...]:
+    async def missing_bytes(self, weights: NeededWeights) -> int:
+        return weights.bytes
+
+    async def fetch_shards(self, *_: object) -> int:
+        self.fetching.set()
+        await self.fetched.wait()
+        self.whole = True
+        return 1 << 30
+
+    async def held_shards(self, digest: str) -> HeldShards | None:
         if self.error is not None:
             raise self.error
-        return (TensorPlace("blk.0.x", "/nowhere", 0, 100), TensorPlace("blk.9.x", "/", 0, 100))
+        tensors = (TensorPlace("blk.0.x", "/nowhere", 0, 100), TensorPlace("blk.9.x", "/", 0, 100))
+        return HeldShards("acme/m", tensors, {}, True) if self.whole else None
 
 
 class FakeServer:
@@ -328,6 +347,42 @@ async def test_a_server_that_does_not_start_gives_the_memory_back(bench: Bench) 
     stream.hear({"t": "commit"})
     assert (await stream.said("ended"))["reason"] == "unknown device: CPU"
     await wait_for(lambda: len(bench.room.ended) == 1, "the memory is free")
+
+
+async def test_shards_are_fetched_before_the_server_starts(bench: Bench) -> None:
+    stream = _asked_to_fetch(bench)
+    await bench.cache.fetching.wait()
+    assert FakeServer.started == []
+    assert (await stream.said("moved"))["words"] == "looking for its weights"
+    bench.cache.fetched.set()
+    await stream.said("serving")
+    assert len(FakeServer.started) == 1
+    words = [said["words"] for said in stream.wire.said if said["t"] == "moved"]
+    assert words[1:] == ["fetching shards: 1.1 GB", "starting the RPC server"]
+
+
+async def test_a_loan_that_ends_while_it_fetches_gives_everything_back(bench: Bench) -> None:
+    stream = _asked_to_fetch(bench)
+    await bench.cache.fetching.wait()
+    stream.hear({"t": "end"})
+    await wait_for(lambda: bench.room.ended, "the memory is free")
+    assert FakeServer.started == []
+    bench.cache.fetched.set()
+    await bench.asked().serving()
+    assert FakeServer.started[0].spec.cache_dir is not None, "nobody else keeps its tensors"
+
+
+def _asked_to_fetch(bench: Bench) -> Stream:
+    """A loan of one of two workers, whose weights another node holds too."""
+    assert ASK.digest is not None
+    holder = a_peer(id=OTHER, weights=frozenset({ASK.digest}))
+    bench.board.publish(with_peers(bench.board.current, (holder,)))
+    bench.cache.whole = False
+    size = 1 << 30
+    needed = NeededWeights("acme/m", (("1" * 64, size),), size, 2 * size, 2, None)
+    stream = bench.asked(replace(ASK, weights=needed))
+    stream.hear({"t": "commit"})
+    return stream
 
 
 # -- ends -----------------------------------------------------------------------------------------

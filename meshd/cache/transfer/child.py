@@ -132,8 +132,11 @@ class _Errand:
             if self._order.headers_only:
                 reached = newest or self._order.manifest is not None
                 return self._read_headers(manifest, ask_hub=reached and not self._is_offline())
-            sources = self._fetch(manifest)
-            landing.name_branch(self._places, manifest, newest=newest)
+            if self._order.only:
+                sources = self._fetch(self._part(manifest))
+            else:
+                sources = self._fetch(manifest)
+                landing.name_branch(self._places, manifest, newest=newest)
         except OSError as error:  # of small files; those of weights are told apart where they occur
             where = error.filename or self._places.hub
             raise CacheUnwritable(f"{where}: {error.strerror or error}") from error
@@ -195,16 +198,29 @@ class _Errand:
                 return manifest, True
         manifest_here = store.find(ref)
         if manifest_here is not None:
+            if self._order.expected_digest not in (None, manifest_here.digest):
+                raise ModelAmbiguous(f"{self._order.ref} is another set here than was asked for")
             return manifest_here, False
         manifest = self._ask_peers(ref, why)
         store.put(ref, manifest)
         return manifest, False
 
+    def _part(self, manifest: Manifest) -> Manifest:
+        """What is wanted of it."""
+        try:
+            part = manifest.only(self._order.only)
+        except ValueError as error:
+            raise BadReference(f"`{self._order.ref}`: {error} is wanted") from None
+        return part
+
     def _ask_peers(self, ref: HubRef, why: HubUnavailable) -> Manifest:
         """What most peers say that know it."""
         told: list[Manifest] = []
+        digest = self._order.expected_digest
         for peer in self._order.peers if self._open_stream is not None else ():
-            told += self._ask_peer(ref, peer)
+            told += (m for m in self._ask_peer(ref, peer) if digest in (None, m.digest))
+            if told and digest is not None:
+                break  # it proves the hashes, whoever it came from
         if not told:
             raise HubUnavailable(
                 f"{why.message}; no other node knows {self._order.ref} either",

@@ -60,6 +60,11 @@ class FetchOrder(_Word):
     ref: str
     """As people wrote it; for the hub and for peers."""
     manifest: Manifest | None = None
+    expected_digest: str | None = None
+    """What `ref` has to be, if that is known; a manifest of another one is no answer."""
+    only: tuple[str, ...] = ()
+    """sha256 of the shards that are wanted, if not all are. The set is not whole afterwards: no
+    branch is named."""
     hub_dir: str
     state_dir: str
     builtin_dir: str

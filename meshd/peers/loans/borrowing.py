@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeAlias, TypeVar, assert_never
 
 from meshd.errors import MeshdError, ProtocolError, SplitFailed
@@ -33,7 +33,7 @@ from meshd.peers.loans.words import (
     ask_to_wire,
     parse_worker_word,
 )
-from meshd.view import LoanAsk, Part, SplitPlan
+from meshd.view import LoanAsk, NeededWeights, Part, SplitPlan
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +60,12 @@ class BorrowOrder:
     digest: str | None
     """Of the weights."""
     plan: SplitPlan
+    weights: Mapping[NodeId, NeededWeights] = field(default_factory=dict)
+    """What each worker needs of them, as far as that is known."""
 
     def ask(self, part: Part) -> LoanAsk:
-        return LoanAsk(self.model, self.epoch, self.rpc_protocol, part, self.digest)
+        weights = self.weights.get(part.node)
+        return LoanAsk(self.model, self.epoch, self.rpc_protocol, part, self.digest, weights)
 
 
 class Tunnels(Protocol):

@@ -2,7 +2,7 @@
 
 Frames (`frames.py`) on a raw stream of service `loan`, which the host opens:
 
-    host    ask      model, epoch, rpc_protocol, digest, part: first of all, once
+    host    ask      model, epoch, rpc_protocol, digest, part, weights: first of all, once
             commit   all workers have granted: make it usable
             loaded   the engine is loaded: no more weights come
             end      reason: the memory is not needed any more
@@ -26,12 +26,16 @@ from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, 
 from meshd.ids import LoanId, ModelId, NodeId
 from meshd.peers.links.hello import clean_line
 from meshd.peers.trust.wire import Node, WireModel, read
-from meshd.view import LoanAsk, Part
+from meshd.view import LoanAsk, NeededWeights, Part
 
 FRAME_LIMIT: Final = 128 * 1024
 """Bytes; an ask with as many devices and as long names as may be has fewer."""
 MAX_DEVICES: Final = 64
 MAX_LAYERS: Final = 1 << 16
+MAX_REF: Final = 1536
+"""Characters of what a set is called on its hub: a repository, a commit, a path."""
+MAX_FILES: Final = 256
+MAX_WORKERS: Final = 64
 MAX_WORDS: Final = 500
 """Characters of what is said for people."""
 
@@ -47,6 +51,7 @@ def _one_line(value: str) -> str:
 
 
 _Name = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_one_line)]
+_Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 _Size = Annotated[int, Field(ge=0, lt=1 << 53)]
 _Layers = Annotated[int, Field(ge=0, le=MAX_LAYERS)]
 _Words = Annotated[str, BeforeValidator(_line)]
@@ -74,6 +79,32 @@ class PartOnWire(WireModel):
         return self
 
 
+class WeightsOnWire(WireModel):
+    """`view.NeededWeights`."""
+
+    ref: Annotated[
+        str, StringConstraints(min_length=1, max_length=MAX_REF), AfterValidator(_one_line)
+    ]
+    files: Annotated[
+        tuple[Annotated[tuple[_Sha256, _Size], Field(strict=False)], ...],
+        Field(min_length=1, max_length=MAX_FILES, strict=False),
+    ]
+    bytes: _Size
+    pushed_bytes: _Size
+    pushed_to: Annotated[int, Field(ge=0, le=MAX_WORKERS)]
+    bytes_per_s: Annotated[float, Field(gt=0, le=1e15, strict=False)] | None = None
+
+    def to_view(self) -> NeededWeights:
+        return NeededWeights(
+            ref=self.ref,
+            files=self.files,
+            bytes=self.bytes,
+            pushed_bytes=self.pushed_bytes,
+            pushed_to=self.pushed_to,
+            bytes_per_s=self.bytes_per_s,
+        )
+
+
 class Ask(WireModel):
     t: Literal["ask"] = "ask"
     model: _Name
@@ -81,6 +112,7 @@ class Ask(WireModel):
     rpc_protocol: _Name
     digest: _Name | None = None
     part: PartOnWire
+    weights: WeightsOnWire | None = None
 
     def to_view(self) -> LoanAsk:
         part = self.part
@@ -98,6 +130,7 @@ class Ask(WireModel):
                 share=part.share,
             ),
             digest=self.digest,
+            weights=None if self.weights is None else self.weights.to_view(),
         )
 
 
@@ -161,7 +194,7 @@ _WORKER_WORDS: Final[Mapping[str, type[WorkerWord]]] = {
 
 def ask_to_wire(ask: LoanAsk) -> dict[str, Any]:
     """The frame that asks. What is too large or too long for one is refused by the worker."""
-    part = ask.part
+    part, weights = ask.part, ask.weights
     return {
         "t": "ask",
         "model": ask.model,
@@ -176,6 +209,16 @@ def ask_to_wire(ask: LoanAsk) -> dict[str, Any]:
             "first_layer": part.first_layer,
             "output": part.output,
             "share": part.share,
+        },
+        "weights": None
+        if weights is None
+        else {
+            "ref": weights.ref,
+            "files": weights.files,
+            "bytes": weights.bytes,
+            "pushed_bytes": weights.pushed_bytes,
+            "pushed_to": weights.pushed_to,
+            "bytes_per_s": weights.bytes_per_s,
         },
     }
 

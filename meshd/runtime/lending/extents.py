@@ -25,11 +25,14 @@ class TensorExtent:
     """Bytes."""
 
 
-def held_by(part: Part, tensors: Sequence[TensorExtent]) -> tuple[TensorExtent, ...]:
-    """Those of a whole model's `tensors` that lie with `part`: its repeating layers, and the output
-    layer if it has that. A model without output weights uses its embedding for them."""
+def held_by(
+    part: Part, tensors: Sequence[TensorExtent], *, all_known: bool = True
+) -> tuple[TensorExtent, ...]:
+    """Those of a model's `tensors` that lie with `part`: its repeating layers, and the output layer
+    if it has that. A model without output weights uses its embedding for them; `all_known`: that
+    there are none among `tensors` means that it has none."""
     layers = range(part.first_layer, part.first_layer + sum(part.layers))
-    tied = all(t.name != OUTPUT for t in tensors)
+    tied = all_known and all(t.name != OUTPUT for t in tensors)
 
     def held(name: str) -> bool:
         if (layer := _layer_of(name)) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import pytest
 from meshd.cache.chunks import CHUNK_BYTES
 from meshd.cache.manifest import Manifest
 from meshd.cache.places import Places
+from meshd.cache.store import Store
 from meshd.cache.transfer import crew, pace
 from meshd.cache.transfer.partial import Partial
 from meshd.cache.transfer.serving import serve_shard
 from meshd.cache.transfer.words import Grant, News, PeerSource
+from meshd.cache.verdict import Fault
 from meshd.errors import PeerUnreachable, ProtocolError
 from tests.cache.transfer.world import (
     NAMES,
@@ -107,6 +110,65 @@ def test_several_peers_and_the_hub_share_the_work(hub: LocalHub, tmp_path: Path)
     assert {"ada", "bob"} & set(done(news).sources)
     assert done(news).fetched_bytes < TOTAL + 6 * CHUNK_BYTES
     check(tmp_path / "home", manifest)
+
+
+def test_of_a_set_single_shards_can_be_fetched(tmp_path: Path) -> None:
+    """What is there then is no set, and the next fetch goes on from it."""
+    home, ada = tmp_path / "home", holder(tmp_path, "ada")
+    first, second = MANIFEST.shards
+    part = done(
+        fetch(
+            home,
+            ada,
+            manifest=None,
+            expected_digest=MANIFEST.digest,
+            only=(second.sha256,),
+        )
+    )
+    assert part.sources == {"ada": second.size}
+    places = places_in(home)
+    assert landed(home, MANIFEST, second.path) == FILES[second.path]
+    assert not os.path.lexists(places.snapshot(REPO, MANIFEST.revision, first.path))
+    assert not places.blob(REPO, first.sha256).exists()
+    assert not places.partial(REPO, first.sha256).exists()
+    assert not places.branch(REPO, "main").exists()
+    store = Store.at(places)
+    ((_, known), *_) = store.manifests.all()
+    assert known == MANIFEST, "it is known what the whole would be"
+    verdict = store.look(known)
+    assert [file.fault for file in verdict.files] == [Fault.MISSING, Fault.CORRUPT]  # no weights
+    whole = done(fetch(home, ada, manifest=None))
+    assert whole.sources == {"ada": first.size}
+    check(home)
+    assert places.branch(REPO, "main").exists()
+
+
+def test_shards_of_another_set_than_was_meant_are_not_fetched(tmp_path: Path) -> None:
+    ada, other = holder(tmp_path, "ada"), "sha256:" + "0" * 64
+    wanted = (MANIFEST.shards[0].sha256,)
+    news = fetch(tmp_path / "home", ada, manifest=None, expected_digest=other, only=wanted)
+    assert failed(news).code == "hub_unavailable"
+    assert Store.at(places_in(tmp_path / "home")).manifests.all() == ()
+    news = fetch(
+        tmp_path / "home",
+        ada,
+        manifest=None,
+        expected_digest=MANIFEST.digest,
+        only=("0" * 64,),
+    )
+    assert failed(news).code == "invalid_reference"
+    # Now it is known here under that name, and is not what is asked for.
+    news = fetch(tmp_path / "home", ada, manifest=None, expected_digest=other, only=wanted)
+    assert failed(news).code == "model_ambiguous"
+    assert not places_in(tmp_path / "home").blob(REPO, wanted[0]).exists()
+
+
+def test_who_is_asked_first_and_knows_the_set_is_enough(tmp_path: Path) -> None:
+    """The digest proves it, so others that may be slow to answer need not be."""
+    ada, bob = holder(tmp_path, "ada"), Neighbour("bob", manifests=[MANIFEST])
+    fetch(tmp_path / "home", ada, bob, manifest=None, expected_digest=MANIFEST.digest)
+    assert "manifest" in ada.services
+    assert "manifest" not in bob.services
 
 
 def test_a_peer_that_sends_other_bytes_than_it_promises_is_banned(tmp_path: Path) -> None:

@@ -217,6 +217,8 @@ class Neighbour:
     stream: Callable[[socket.socket], SocketStream] = SocketStream
     refuses: str | None = None
     opened: int = 0
+    services: list[str] = field(default_factory=list)
+    """Of the streams that were opened."""
 
     def has(
         self,
@@ -246,6 +248,7 @@ def neighbourhood(*neighbours: Neighbour) -> Iterator[OpenStream]:
     def open_stream(peer: PeerSource, wanted: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         neighbour = by_name[peer.name]
         neighbour.opened += 1
+        neighbour.services.append(wanted["service"])
         if neighbour.refuses:
             raise PeerRefused("not now", reason=neighbour.refuses)
         if wanted["service"] == "manifest":

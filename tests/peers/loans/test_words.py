@@ -17,6 +17,9 @@ from meshd.peers.links.frames import frame
 from meshd.peers.loans.words import (
     FRAME_LIMIT,
     MAX_DEVICES,
+    MAX_FILES,
+    MAX_REF,
+    MAX_WORKERS,
     Ask,
     Ended,
     Granted,
@@ -25,7 +28,7 @@ from meshd.peers.loans.words import (
     parse_host_word,
     parse_worker_word,
 )
-from meshd.view import Part
+from meshd.view import NeededWeights, Part
 from tests.peers.loans.parts import a_part, an_ask
 
 NAMES = st.text(st.characters(categories=("L", "N", "P", "S")), min_size=1, max_size=256)
@@ -42,6 +45,9 @@ WORKER_WORDS: tuple[dict[str, Any], ...] = (
     {"t": "serving", "warmed_bytes": 5},
     {"t": "ended", "reason": "the device is gone"},
 )
+
+
+SOME = NeededWeights("acme/m@" + "0" * 40, (("f" * 64, 9),), 8, 16, 2, 1e8)
 
 
 def over_the_wire(value: dict[str, Any]) -> dict[str, Any]:
@@ -64,9 +70,26 @@ def parts(draw: st.DrawFn) -> Part:
     )
 
 
-@given(part=parts(), epoch=SIZES, digest=st.none() | NAMES)
-def test_an_ask_is_read_as_it_was_written(part: Part, epoch: int, digest: str | None) -> None:
-    ask = replace(an_ask(part), epoch=epoch, digest=digest)
+NEEDED = st.builds(
+    NeededWeights,
+    ref=NAMES,
+    files=st.lists(
+        st.tuples(st.text("0123456789abcdef", min_size=64, max_size=64), SIZES),
+        min_size=1,
+        max_size=3,
+    ).map(tuple),
+    bytes=SIZES,
+    pushed_bytes=SIZES,
+    pushed_to=st.integers(0, 64),
+    bytes_per_s=st.none() | st.floats(1, 1e15),
+)
+
+
+@given(part=parts(), epoch=SIZES, digest=st.none() | NAMES, weights=st.none() | NEEDED)
+def test_an_ask_is_read_as_it_was_written(
+    part: Part, epoch: int, digest: str | None, weights: NeededWeights | None
+) -> None:
+    ask = replace(an_ask(part), epoch=epoch, digest=digest, weights=weights)
     word = parse_host_word(over_the_wire(ask_to_wire(ask)))
     assert isinstance(word, Ask)
     assert word.to_view() == ask
@@ -77,7 +100,10 @@ def test_the_largest_ask_fits_a_frame() -> None:
     part = replace(
         a_part(), name=name, memory=((name, 1 << 52),) * MAX_DEVICES, layers=(9,) * MAX_DEVICES
     )
-    ask = replace(an_ask(part), model=ModelId(name), digest=name, rpc_protocol=name)
+    files = (("f" * 64, (1 << 53) - 1),) * MAX_FILES
+    size = (1 << 53) - 1
+    needed = NeededWeights("\U00020000" * MAX_REF, files, size, size, MAX_WORKERS, 1e15 / 3)
+    ask = replace(an_ask(part), model=ModelId(name), digest=name, rpc_protocol=name, weights=needed)
     data = frame(ask_to_wire(ask))
     assert len(data) <= FRAME_LIMIT
     assert isinstance(parse_host_word(orjson.loads(data[4:])), Ask)
@@ -105,10 +131,25 @@ def test_the_largest_ask_fits_a_frame() -> None:
         ("part.output", "no"),
         ("part.share", 1.5),
         ("part.share", float("nan")),
+        ("weights.ref", ""),
+        ("weights.ref", "a\nb"),
+        ("weights.ref", "a" * (MAX_REF + 1)),
+        ("weights.files", []),
+        ("weights.files", [["f" * 64, 1]] * (MAX_FILES + 1)),
+        ("weights.files", [["F" * 64, 1]]),
+        ("weights.files", [["../" + "f" * 61, 1]]),
+        ("weights.files", [["f" * 64]]),
+        ("weights.files", [["f" * 64, -1]]),
+        ("weights.bytes", -1),
+        ("weights.pushed_bytes", "1"),
+        ("weights.pushed_to", MAX_WORKERS + 1),
+        ("weights.bytes_per_s", 0),
+        ("weights.bytes_per_s", float("inf")),
+        ("weights.bytes_per_s", float("nan")),
     ],
 )
 def test_what_an_ask_may_not_hold(place: str, value: Any) -> None:
-    wire = over_the_wire(ask_to_wire(an_ask()))
+    wire = over_the_wire(ask_to_wire(replace(an_ask(), weights=SOME)))
     inner = wire
     *outer, field = place.split(".")
     for key in outer:

@@ -41,6 +41,13 @@ def test_an_embedding_that_is_the_output_layer_too() -> None:
     assert held(part(12, 0, output=True), names) == ["token_embd.weight", "output_norm.weight"]
 
 
+def test_an_embedding_is_not_taken_for_the_output_layer_when_that_may_be_elsewhere() -> None:
+    some = extents(["token_embd.weight", "blk.0.ffn_up.weight"])
+    assert [t.name for t in held_by(part(0, 1, output=True), some, all_known=False)] == [
+        "blk.0.ffn_up.weight"
+    ]
+
+
 @pytest.mark.parametrize("name", ["blk.x.w", "blk.", "blk", "block.1.w", "blk.²"])
 def test_a_name_that_is_no_layer_is_nobodys(name: str) -> None:
     assert held(part(0, 99, output=True), [name]) == []
