@@ -139,7 +139,7 @@ class Bidding:
             self._elsewhere, self._looked = found, self._looked + 1
 
     def _bar(self, view: View, *, draining: bool) -> str | None:
-        problem = untried(view.runtime, self._needs.engine()[1])
+        problem = untried(view.runtime, view.devices, self._needs.engine()[1])
         if problem is None and not self._memory.budgets:
             problem = "its memory is not known yet"
         return barred(

@@ -1,7 +1,8 @@
 """What of this node's memory may be leased, and when that is measured again. Pure; bytes.
 
-1. Nothing may be leased before an engine is known, and for an accelerator not before it was tried:
-   until then it is not known on what a model would run.
+1. Nothing may be leased before an engine is known, and for an accelerator not before it was tried
+   and its devices were looked at by the names the engine gives them: until then it is not known on
+   what a model would run.
 2. While an engine loads, what it has taken so far is missing from the free memory and leased as
    well; so no reading counts that was taken meanwhile, not even once it is loaded. The same
    while memory is lent to other nodes: what they have taken of it so far is not known.
@@ -21,7 +22,9 @@ STILL_SHARE: Final = 32
 """A change by less than one such part is none (3)."""
 
 
-def untried(runtime: RuntimeView | None, problem: str | None) -> str | None:
+def untried(
+    runtime: RuntimeView | None, devices: Sequence[DeviceView], problem: str | None
+) -> str | None:
     """Why nothing can be said of this node's memory yet (1), in words; None if it can. `problem`:
     why there is no engine."""
     if runtime is None:
@@ -29,9 +32,11 @@ def untried(runtime: RuntimeView | None, problem: str | None) -> str | None:
     if runtime.built_for == CPU:
         return None
     layers = runtime.proof.layers
-    if any(layer.layer is Layer.RUNTIME or not layer.passed for layer in layers):
-        return None
-    return f"its engine is being tried on {runtime.built_for}"
+    if not any(layer.layer is Layer.RUNTIME or not layer.passed for layer in layers):
+        return f"its engine is being tried on {runtime.built_for}"
+    if runtime.backend != CPU and not any(device.engine_name for device in devices):
+        return "its devices are being looked at"
+    return None
 
 
 class Memory:

@@ -86,7 +86,7 @@ class Watching:
 
     def look_at_memory(self) -> None:
         view = self._board.current
-        if untried(view.runtime, self._needs.engine()[1]) is not None:
+        if untried(view.runtime, view.devices, self._needs.engine()[1]) is not None:
             return
         held: Counter[str] = Counter()
         for model in view.local:

@@ -41,6 +41,8 @@ class Survey(Service):
         self._board = board
         self._pool = pool
         self._listing = listing
+        self._listed: tuple[str, ...] = ()
+        """Devices of the engine's list that the last look went by."""
         self._wake = asyncio.Event()
 
     def look_now(self) -> None:
@@ -52,6 +54,7 @@ class Survey(Service):
         from meshd.runtime.devices import agree, changes, take_reading, told
 
         last = None
+        self._board.subscribe(self._look_if_listed_anew)
         self.ready.set()
         while not self.stopping.is_set():
             self._wake.clear()
@@ -62,12 +65,18 @@ class Survey(Service):
                 log.warning("%s", error.message)
             else:
                 view, listing = self._board.current, self._listing()
+                self._listed = _names(listing)
                 shown = reading if listing is None else agree(reading, listing, os.environ)
                 self._board.publish(replace(view, devices=shown.devices, cache=cache))
                 for change in changes(last or reading, reading):
                     log.warning("%s", told(change))
                 last = reading
             await self._rest()
+
+    def _look_if_listed_anew(self, view: View) -> None:
+        """What a device is called by the engine, models are placed by."""
+        if view.runtime is not None and _names(self._listing()) != self._listed:
+            self.look_now()
 
     async def _rest(self) -> None:
         woken = self.spawn(_set(self._wake), name="wake")
@@ -77,6 +86,10 @@ class Survey(Service):
         )
         woken.cancel()
         stopping.cancel()
+
+
+def _names(listing: EngineList | None) -> tuple[str, ...]:
+    return () if listing is None else tuple(device.name for device in listing.devices)
 
 
 async def _set(event: asyncio.Event) -> None:

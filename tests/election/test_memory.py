@@ -17,10 +17,13 @@ SPARK = replace(GPU, unified=True, memory_total_bytes=8 * GIB, memory_free_bytes
 MAIN = 6 * GIB - HOST_MARGIN - 8 * GIB // 32
 
 
-def runtime(built_for: str, *layers: tuple[Layer, bool]) -> RuntimeView:
+NAMELESS = replace(GPU, engine_name=None)
+
+
+def runtime(built_for: str, *layers: tuple[Layer, bool], backend: str = "cpu") -> RuntimeView:
     seen = tuple(LayerView(layer, passed, 0.0, ()) for layer, passed in layers)
     proof = ProofView("none", False, 0.0, (), seen)
-    return RuntimeView("e1", "cpu", "b1", None, "/", (), proof, built_for)
+    return RuntimeView("e1", backend, "b1", None, "/", (), proof, built_for)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +42,14 @@ def runtime(built_for: str, *layers: tuple[Layer, bool]) -> RuntimeView:
 def test_nothing_is_said_before_it_is_known_on_what_models_run(
     engine: RuntimeView | None, problem: str | None, words: str | None
 ) -> None:
-    assert untried(engine, problem) == words
+    assert untried(engine, (NAMELESS, CPU), problem) == words
+
+
+def test_nothing_is_said_before_the_devices_are_known_by_the_engines_names() -> None:
+    proved = runtime("cuda", (Layer.BINARY, True), (Layer.RUNTIME, True), backend="cuda")
+    assert untried(proved, (NAMELESS, CPU), None) == "its devices are being looked at"
+    assert untried(proved, (GPU, CPU), None) is None
+    assert untried(proved, (replace(GPU, problem="it is lost"), CPU), None) is None
 
 
 def test_the_first_reading_counts_even_while_an_engine_loads() -> None:
