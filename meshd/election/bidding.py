@@ -77,7 +77,7 @@ class Bidding:
         self._look_at_lenders(view)
         made_of = (
             bar,
-            tuple(facts.capacity.items()),
+            self._memory.budgets,
             tuple((m, tuple(held.items())) for m, held in facts.leases.items()),
             self._unused(facts),
             facts.weights,

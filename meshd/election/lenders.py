@@ -18,7 +18,7 @@ def lendable(budgets: Sequence[Budget], free: Mapping[str, int]) -> tuple[Lendab
     lease has, by device."""
     fast = any(budget.accelerator for budget in budgets)
     return tuple(
-        Lendable(b.device, coarse(free.get(b.device, 0)), b.accelerator)
+        Lendable(b.device, coarse(free.get(b.device, 0)), b.accelerator, b.bytes_per_s)
         for b in budgets
         if b.accelerator or not fast
     )

@@ -5,13 +5,15 @@
    what a model would run.
 2. While an engine loads, what it has taken so far is missing from the free memory and leased as
    well; so no reading counts that was taken meanwhile, not even once it is loaded. The same
-   while memory is lent to other nodes: what they have taken of it so far is not known.
+   while memory is lent to other nodes: what they have taken of it so far is not known. How fast a
+   memory is counts from any reading.
 3. A reading that differs from the last one by little says nothing: free memory is never still.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
 from meshd.election.fit import HOST, Budget, budgets
@@ -55,15 +57,15 @@ class Memory:
     def measure(
         self, devices: Sequence[DeviceView], held: Mapping[str, int], *, calm: bool
     ) -> bool:
-        """Take over a reading; whether the capacity changed by it. `held`: by this node's engines,
+        """Take over a reading; whether the budgets changed by it. `held`: by this node's engines,
         of what is missing from the free memory, under the names the engine gives. `calm`: no
         engine of this node is loading, and nothing is lent."""
         if devices is self._devices or not devices:
             return False
         self._devices = devices
-        if self.budgets and not calm:  # 2
-            return False
         found = budgets(devices, held=held, limit=self._limit)
+        if self.budgets and not calm:  # 2
+            found = _with_speeds(self.budgets, found)
         if not _differ(self.budgets, found):
             return False
         self.budgets = found
@@ -80,9 +82,15 @@ class Memory:
         return found
 
 
+def _with_speeds(old: Sequence[Budget], new: Sequence[Budget]) -> tuple[Budget, ...]:
+    speeds = {budget.device: budget.bytes_per_s for budget in new}
+    return tuple(replace(b, bytes_per_s=speeds.get(b.device, b.bytes_per_s)) for b in old)
+
+
 def _differ(old: Sequence[Budget], new: Sequence[Budget]) -> bool:
     if [b.device for b in old] != [b.device for b in new]:
         return True
     return any(
-        abs(a.usable - b.usable) > a.usable // STILL_SHARE for a, b in zip(old, new, strict=True)
+        abs(a.usable - b.usable) > a.usable // STILL_SHARE or a.bytes_per_s != b.bytes_per_s
+        for a, b in zip(old, new, strict=True)
     )

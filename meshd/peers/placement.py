@@ -105,9 +105,10 @@ class AdvertLendable(WireModel):
     device: Annotated[str, StringConstraints(min_length=1, max_length=256)]
     free_bytes: Counter = 0
     accelerator: bool = False
+    bytes_per_s: Annotated[int, Field(gt=0, lt=1 << 53)] | None = None
 
     def to_view(self) -> Lendable:
-        return Lendable(self.device, self.free_bytes, self.accelerator)
+        return Lendable(self.device, self.free_bytes, self.accelerator, self.bytes_per_s)
 
 
 class AdvertClaim(WireModel):
@@ -178,7 +179,9 @@ def lends_to_wire(lends: Iterable[Lendable]) -> list[dict[str, Any]]:
     """At most MAX_LENDS; full-policy: the first ones stay."""
     return [
         {"device": lend.device[:256]}
-        | _short(free_bytes=lend.free_bytes, accelerator=lend.accelerator)
+        | _short(
+            free_bytes=lend.free_bytes, accelerator=lend.accelerator, bytes_per_s=lend.bytes_per_s
+        )
         for lend in tuple(lends)[:MAX_LENDS]
     ]
 

@@ -167,6 +167,8 @@ class DeviceView:
     """Version of the driver that was asked."""
     problem: str | None = None
     """Why it cannot be used, or what its witnesses disagree on; None if they agree."""
+    memory_bytes_per_s: int | None = None
+    """How fast the device reads its memory, to two digits; None if that is not known."""
 
 
 @dataclass(frozen=True, slots=True)

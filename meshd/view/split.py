@@ -23,6 +23,8 @@ class Lendable:
     free_bytes: int
     """Not leased now; coarse, so that it changes seldom."""
     accelerator: bool
+    bytes_per_s: int | None = None
+    """How fast its device reads it; None if that is not known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,6 +150,7 @@ def test_status_of_a_mesh() -> None:
                     "engine_name": None,
                     "driver": None,
                     "problem": None,
+                    "memory_bytes_per_s": None,
                 }
             ],
             "backend": "cuda",

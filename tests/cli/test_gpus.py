@@ -91,7 +91,7 @@ def test_json_has_everything(gpus: Gpus) -> None:
         == set(cpu)
         == {
             *("name", "backend", "uuid", "memory_total_bytes", "memory_free_bytes", "unified"),
-            *("compute_capability", "engine_name", "driver", "problem"),
+            *("compute_capability", "engine_name", "driver", "problem", "memory_bytes_per_s"),
             *("index", "parent", "processes"),
         }
     )

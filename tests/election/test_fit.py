@@ -151,6 +151,16 @@ def test_unified_memory_is_counted_once() -> None:
     assert found.usable < 50 * GIB
 
 
+def test_unified_memory_is_as_fast_as_the_machine_s_unless_its_driver_tells() -> None:
+    chip = device("cuda", 120 * GIB, 110 * GIB, engine_name="CUDA0", unified=True)
+    card = replace(chip, engine_name="CUDA1", unified=False)
+    ram = device("cpu", 120 * GIB, 50 * GIB, memory_bytes_per_s=10**11)
+    assert [b.bytes_per_s for b in budgets([chip, card, ram])] == [10**11, None]
+    told = replace(chip, memory_bytes_per_s=3 * 10**11)
+    assert [b.bytes_per_s for b in budgets([told, ram])] == [3 * 10**11]
+    assert [b.bytes_per_s for b in budgets([card, ram])] == [None, 10**11]
+
+
 def test_a_limit_is_shared_by_accelerators_in_proportion() -> None:
     cards = [device("cuda", n * GIB, n * GIB, engine_name=f"CUDA{n}") for n in (9, 31)]
     ram = device("cpu", 32 * GIB, 20 * GIB)

@@ -44,6 +44,11 @@ def test_accelerators_are_lent_and_main_memory_where_there_are_none() -> None:
     assert lendable((), free) == ()
 
 
+def test_how_fast_it_is_is_told_with_it() -> None:
+    fast, unknown = lendable((replace(GPU, bytes_per_s=10**12), replace(GPU, device="CUDA1")), {})
+    assert (fast.bytes_per_s, unknown.bytes_per_s) == (10**12, None)
+
+
 def test_what_is_lent_is_what_no_lease_has_and_is_told_coarsely() -> None:
     (one,) = lendable((GPU,), {"CUDA0": 1000})
     (other,) = lendable((GPU,), {"CUDA0": 999})

@@ -60,6 +60,17 @@ def test_the_first_reading_counts_even_while_an_engine_loads() -> None:
     assert memory.capacity == {"CPU": MAIN}
 
 
+def test_how_fast_memory_is_counts_from_any_reading() -> None:
+    memory = Memory(None)
+    memory.measure((CPU,), {}, calm=True)
+    assert not memory.measure((replace(CPU, memory_free_bytes=4 * GIB),), {}, calm=False)
+    fast = replace(CPU, memory_bytes_per_s=60 * 10**9)
+    assert memory.measure((replace(fast, memory_free_bytes=4 * GIB),), {}, calm=False)
+    assert memory.capacity == {"CPU": MAIN}
+    assert [budget.bytes_per_s for budget in memory.budgets] == [60 * 10**9]
+    assert not memory.measure((fast,), {}, calm=True)
+
+
 def test_a_reading_while_an_engine_loads_does_not_count_later_either() -> None:
     memory = Memory(None)
     memory.measure((CPU,), {}, calm=True)

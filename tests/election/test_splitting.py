@@ -194,10 +194,13 @@ def test_no_more_workers_than_the_limit() -> None:
 
 # -- against all choices ---------------------------------------------------------------------------
 
+PACES = st.none() | st.sampled_from((20, 50, 300))
 NODES = st.lists(
-    st.tuples(st.integers(5, 70), st.integers(0, 5), st.integers(0, 60)), min_size=1, max_size=4
+    st.tuples(st.integers(5, 70), st.integers(0, 5), st.integers(0, 60), PACES, PACES),
+    min_size=1,
+    max_size=4,
 )
-"""Memory, steps of the round trip, memory of a second device."""
+"""Memory, steps of the round trip, memory of a second device, how fast both are."""
 
 
 def merits(candidates: Sequence[Candidate]) -> int:
@@ -219,16 +222,23 @@ def by_trying(need: Estimate, own: Sequence[Budget], all_: Sequence[Candidate]) 
 
 
 @pytest.mark.parametrize("ram", [4, 15, 40])
-@given(NODES, st.integers(3, 14), st.booleans())
+@given(NODES, st.integers(3, 14), st.booleans(), PACES)
 def test_no_choice_is_better(
-    ram: int, nodes: list[tuple[int, int, int]], layers: int, fast: bool
+    ram: int,
+    nodes: list[tuple[int, int, int, int | None, int | None]],
+    layers: int,
+    fast: bool,
+    pace: int | None,
 ) -> None:
     need = replace(NEED, layers=NEED.layers[:1] * layers)
-    own = [Budget(HOST, ram * GB, host=True, accelerator=False)]
+    own = [Budget(HOST, ram * GB, host=True, accelerator=False, bytes_per_s=pace)]
     candidates = []
-    for number, (size, steps, second) in enumerate(nodes):
+    for number, (size, steps, second, *paces) in enumerate(nodes):
         sizes = [size, second] if fast else [size]
-        lends = [Lendable(f"D{n}", s * GB, fast) for n, s in enumerate(sizes)]
+        lends = [
+            Lendable(f"D{n}", s * GB, fast, speed)
+            for n, (s, speed) in enumerate(zip(sizes, paces, strict=False))
+        ]
         candidates.append(node(f"n{number}", 0, steps * RTT_STEP_S, lends=tuple(lends)))
     found = choose_workers(need, own, None, candidates, rpc_protocol=RPC)
     count, rtt = by_trying(need, own, candidates)

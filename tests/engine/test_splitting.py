@@ -51,6 +51,8 @@ class Case:
     """On each worker, and on the host's accelerator."""
     own: int | None = None
     """MiB free of an accelerator of the host."""
+    speeds: tuple[int | None, ...] = ()
+    """Of main memory, of the host and of each worker; none is known if there are none."""
 
 
 CASES = {
@@ -62,6 +64,10 @@ CASES = {
     "an accelerator of the host": Case(LLAMA, 98, (250,), 0, (5, 5), own=180),
     "uneven layers beside": Case(WINDOWS, 180, (220, 220), 4, (2, 3)),
     "uneven layers": Case(WINDOWS, 94, (200, 300), 0, (2, 7)),
+    "a fast worker is full": Case(LLAMA, 98, (260, 280), 0, (7, 3), speeds=(9, 50, 9)),
+    "a fast worker is enough": Case(LLAMA, 200, (220, 400), 0, (10,), speeds=(9, 9, 50)),
+    "a fast host is full": Case(LLAMA, 180, (280,), 6, (4,), speeds=(50, 9)),
+    "uneven layers, one worker full": Case(WINDOWS, 94, (200, 300), 0, (5, 4), speeds=(9, 50, 9)),
 }
 
 
@@ -113,12 +119,13 @@ def _held(need: Estimate, beside: int, counts: Sequence[int]) -> list[LayerNeed]
 
 def _planned(need: Estimate, case: Case) -> tuple[SplitPlan, Mapping[str, int]]:
     """The plan, and what is leased on the host."""
-    own = [Budget(HOST, case.host * MIB, host=True, accelerator=False)]
+    main, *speeds = case.speeds or (None,) * (len(case.workers) + 1)
+    own = [Budget(HOST, case.host * MIB, host=True, accelerator=False, bytes_per_s=main)]
     if case.own is not None:  # a second RPC server stands for it
         own.append(Budget("RPC1", case.own * MIB, host=False, accelerator=True))
     workers = [
-        WorkerMemory(NodeId(f"w{n}"), f"w{n}", (Lendable(HOST, size * MIB, accelerator=False),))
-        for n, size in enumerate(case.workers)
+        WorkerMemory(NodeId(f"w{n}"), f"w{n}", (Lendable(HOST, size * MIB, False, speed),))
+        for n, (size, speed) in enumerate(zip(case.workers, speeds, strict=True))
     ]
     found = split_fit(need, own, None, workers)
     assert found.plan is not None, found.words

@@ -25,10 +25,12 @@ from meshd.peers.placement import (
     MAX_REASON_CHARS,
     AdvertBid,
     AdvertClaim,
+    AdvertLendable,
     Placement,
     bids_to_wire,
     claims_to_wire,
     demand_to_wire,
+    lends_to_wire,
 )
 from meshd.view import (
     Bid,
@@ -52,7 +54,7 @@ A, B = NodeId("a" * 52), NodeId("b" * 52)
 M = ModelId("m")
 BID = Bid(M, 7, Suits.YES, "fits", True, 4 << 30, 16 << 30, 12, 6, 1)
 CLAIM = Claim(M, 3, ClaimState.READY, 1 << 47, "weights on disk")
-LENDS = (Lendable("CUDA0", 7 << 30, True), Lendable("CPU", 0, False))
+LENDS = (Lendable("CUDA0", 7 << 30, True, 4_900_000_000_000), Lendable("CPU", 0, False))
 DEMAND = ((M, 2.5), (ModelId("n"), 0.25))
 
 names = st.text(min_size=1, max_size=256).map(ModelId)
@@ -71,6 +73,10 @@ claims = st.builds(
     Claim, names, counters, st.sampled_from(ClaimState), counters, reasons,
     st.none() | st.integers(1, 300).map(float), st.lists(workers, max_size=16).map(tuple),
 )  # fmt: skip
+lendables = st.builds(
+    Lendable, st.text(min_size=1, max_size=256), counters, st.booleans(),
+    st.none() | st.integers(1, (1 << 53) - 1),
+)  # fmt: skip
 
 CLAIMED = {"model": "m", "epoch": 1, "state": "ready", "score": 1}
 WORKER = {"node": B, "name": "two-bbbb", "share": 0.5, "bytes": 1}
@@ -81,6 +87,7 @@ BAD_WORKERS = [
     WORKER | {"bytes": -1},
 ]
 """Names of workers stand in headers of answers."""
+BAD_SPEEDS = (0, -1, 1 << 53, 1.5e9, "60GB", True, float("inf"))
 
 
 def view(*, models: int = 0, idle: int = 0, **said: Any) -> View:
@@ -121,6 +128,17 @@ def test_a_bid_comes_out_as_it_went_in(bid: Bid) -> None:
 def test_a_claim_comes_out_as_it_went_in(claim: Claim) -> None:
     (wire,) = orjson.loads(orjson.dumps(claims_to_wire([claim])))
     assert AdvertClaim.model_validate(wire).to_view() == claim
+
+
+@given(lendables)
+def test_what_is_lent_comes_out_as_it_went_in(lend: Lendable) -> None:
+    (wire,) = orjson.loads(orjson.dumps(lends_to_wire([lend])))
+    assert AdvertLendable.model_validate(wire).to_view() == lend
+
+
+def test_older_nodes_do_not_tell_how_fast_their_memory_is() -> None:
+    wire = {"device": "CUDA0", "free_bytes": 7, "accelerator": True}
+    assert AdvertLendable.model_validate(wire).to_view() == Lendable("CUDA0", 7, True, None)
 
 
 def test_a_worker_may_have_the_longest_name_there_is_with_a_suffix() -> None:
@@ -289,6 +307,7 @@ def test_demand_makes_way_and_the_greatest_loads_go_last(role: Role) -> None:
         {"claims": [{"model": "m", "epoch": 1, "state": "failed", "score": 1, "retry_in_s": -1}]},
         {"claims": [{"model": "m", "epoch": 1, "state": "ready", "score": 1}] * (MAX_CLAIMS + 1)},
         *({"claims": [CLAIMED | {"workers": [worker]}]} for worker in BAD_WORKERS),
+        *({"lends": [{"device": "CPU", "bytes_per_s": speed}]} for speed in BAD_SPEEDS),
         {"claims": [CLAIMED | {"workers": [WORKER] * 17}]},
         {"demand": [["m", 1.0]]},
         {"demand": {"": 1.0}},

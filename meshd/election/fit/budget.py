@@ -5,7 +5,8 @@ Rules, numbered as in the code:
 1. Accelerators count if the engine lists them and nothing is wrong with them. A node without one
    runs models in its main memory, under the name `HOST`.
 2. An accelerator whose memory is the machine's (GB10, Apple) stands for both: what would lie in
-   main memory is counted on it, and no more of it than main memory has.
+   main memory is counted on it, and no more of it than main memory has. If its driver does not tell
+   how fast that memory is, it is as fast as the machine's.
 3. Usable is what is free now, with what this node's engines hold, less a margin.
 4. A limit (`--max-vram`) holds for all devices that models lie on together; each may have its share
    in proportion to what is usable of it. Main memory beside accelerators is not limited by it.
@@ -46,6 +47,8 @@ class Budget:
     host: bool
     """What an engine keeps in main memory counts here."""
     accelerator: bool
+    bytes_per_s: int | None = None
+    """How fast its device reads it; None if that is not known."""
 
 
 def budgets(
@@ -60,25 +63,31 @@ def budgets(
     (`MemoryParts.private`), by device as the engine calls it. `limit`: of rule 4.
     """
     machine = next((d for d in devices if d.backend == CPU_BACKEND), None)
-    main = 0 if machine is None else _usable_main(machine, held)
+    main = None
+    if machine is not None:
+        usable, speed = _usable_main(machine, held), machine.memory_bytes_per_s
+        main = Budget(HOST, usable, host=True, accelerator=False, bytes_per_s=speed)
     found = [
-        _accelerator(device, held, main if machine is not None else None)
+        _accelerator(device, held, main)
         for device in devices
         if device.backend != CPU_BACKEND and device.engine_name and device.problem is None  # 1
     ]
-    if machine is not None and not any(budget.host for budget in found):
-        found.append(Budget(HOST, main, host=True, accelerator=False))
+    if main is not None and not any(budget.host for budget in found):
+        found.append(main)
     return tuple(found if limit is None else _limited(found, limit))
 
 
-def _accelerator(device: DeviceView, held: Mapping[str, int], main: int | None) -> Budget:
+def _accelerator(device: DeviceView, held: Mapping[str, int], main: Budget | None) -> Budget:
     assert device.engine_name is not None
     margin = ACCELERATOR_MARGIN
     own = held.get(device.engine_name, 0)
     usable = max(0, min(device.memory_free_bytes + own, device.memory_total_bytes) - margin)  # 3
-    if device.unified and main is not None:
-        usable = min(usable, main + own)  # 2
-    return Budget(device.engine_name, usable, host=device.unified, accelerator=True)
+    speed = device.memory_bytes_per_s
+    if device.unified and main is not None:  # 2
+        usable = min(usable, main.usable + own)
+        speed = main.bytes_per_s if speed is None else speed
+    name, unified = device.engine_name, device.unified
+    return Budget(name, usable, host=unified, accelerator=True, bytes_per_s=speed)
 
 
 def _usable_main(machine: DeviceView, held: Mapping[str, int]) -> int:

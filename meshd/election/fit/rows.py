@@ -11,9 +11,12 @@ Rules, numbered as in the code; the engine's are those of build 0c1e570 (`load_t
 3. A memory takes part if it has room for any one layer and for what lies beside it, and holds at
    least one then. If more could take part than there are layers, or than the engine has places
    for, the roomiest do, and those that hold what 1 and 6 say.
-4. Shares are in proportion to the room for layers: each memory is filled to the same part of it,
-   the smallest one at which all layers are placed. So a row is found if the memories hold the
-   layers at all.
+4. Memories come in groups of about the same speed (`speeds.py`), and are filled group by group, the
+   fastest one first: the first groups that hold all layers are taken, however few, and the others
+   are left out. In the last one that is taken shares are in proportion to the room for layers: each
+   memory is filled to the same part of it, the smallest one at which all layers are placed. Those
+   before it are full, but for less than a layer in each. If need be all groups are taken: so a row
+   is found if the memories hold the layers at all.
 5. Every memory that takes part has a buffer for computing. If several devices hold all layers the
    engine works on several batches at once, for RPC devices claim events and asynchronous work as
    accelerators do: each buffer is the larger one. One device alone is tried where that is too much.
@@ -35,6 +38,7 @@ from typing import Final
 
 from meshd.election.fit.budget import MIB, Budget
 from meshd.election.fit.estimate import Estimate
+from meshd.election.fit.speeds import ranks
 from meshd.ids import NodeId
 from meshd.view import Lendable
 
@@ -68,6 +72,8 @@ class HostMemory:
     free: Mapping[str, int]
     """By device."""
     accelerators: tuple[str, ...]
+    speeds: Mapping[str, int | None]
+    """Bytes per second, by device; None if not known."""
 
     @classmethod
     def of(cls, own: Sequence[Budget], free: Mapping[str, int] | None) -> HostMemory | None:
@@ -76,7 +82,17 @@ class HostMemory:
         if main is None:
             return None
         room = {b.device: b.usable if free is None else free.get(b.device, 0) for b in own}
-        return cls(main, room, tuple(b.device for b in own if b.accelerator))
+        speeds = {budget.device: budget.bytes_per_s for budget in own}
+        return cls(main, room, tuple(b.device for b in own if b.accelerator), speeds)
+
+    @property
+    def places(self) -> list[Place]:
+        """Where its layers may lie: on its accelerators, or in its main memory if it has none."""
+        fast = bool(self.accelerators)
+        return [
+            Place(device, None, fast, self.free[device], bytes_per_s=self.speeds[device])
+            for device in self.accelerators or (self.main,)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +106,9 @@ class Place:
     free: int
     besides: int = 0
     """What lies in it beside layers."""
+    bytes_per_s: int | None = None
+    rank: int = 0
+    """Number of its group (4)."""
 
     @property
     def space(self) -> int:
@@ -107,8 +126,8 @@ class Way:
     lent: Sequence[Place]
     own: Sequence[Place] = ()
     """The host's accelerators."""
-    beside: bool = False
-    """Layers lie in the host's main memory."""
+    beside: Place | None = None
+    """The host's main memory, if layers lie in it."""
     several: bool = True
     """Several devices hold all layers."""
 
@@ -143,6 +162,7 @@ def lent(worker: WorkerMemory) -> list[Place]:
             lend.accelerator,
             lend.free_bytes,
             0 if lend.accelerator else WORKER_MARGIN,
+            lend.bytes_per_s,
         )
         for lend in worker.lends
     ]
@@ -151,21 +171,33 @@ def lent(worker: WorkerMemory) -> list[Place]:
 def rows(estimate: Estimate, host: HostMemory, workers: Sequence[WorkerMemory]) -> Iterator[Row]:
     """What comes of each way to use these memories, best first."""
     sizes = [layer.total for layer in estimate.layers]
-    return (_laid(estimate, sizes, host, way) for way in _ways(host, workers))
+    return (_laid(estimate, sizes, host, way) for way in _ways(host, workers, max(sizes)))
 
 
-def _ways(host: HostMemory, workers: Sequence[WorkerMemory]) -> Iterator[Way]:
-    places = [place for worker in workers for place in lent(worker)]
-    own = [Place(device, None, True, host.free[device]) for device in host.accelerators]
-    together = Way(places, own)
-    if own:
-        yield together
-    else:
-        beside = Way(places, beside=True, several=False)
-        fast = all(place.accelerator for place in places)
-        yield from (together, beside) if fast else (beside, together)  # 2
-    for place in places:  # 5
-        yield Way([place], several=False)
+def _ways(host: HostMemory, workers: Sequence[WorkerMemory], largest: int) -> Iterator[Way]:
+    """For the first group, the first two, and so on to all (4). `largest`: of the layers."""
+    places = [place for worker in workers for place in lent(worker) if place.space >= largest]  # 3
+    places, own = _ranked(places, host.places)
+    for rank in range(max((place.rank for place in (*places, *own)), default=0) + 1):
+        lends = [place for place in places if place.rank <= rank]
+        mine = [place for place in own if place.rank <= rank]
+        if host.accelerators:
+            yield Way(lends, mine)
+        else:  # 2: main memories come after all accelerators
+            if mine:
+                yield Way(lends, beside=mine[0], several=False)
+            yield Way(lends)
+        for place in lends:  # 5
+            if place.rank == rank:
+                yield Way([place], several=False)
+
+
+def _ranked(lends: Sequence[Place], own: Sequence[Place]) -> tuple[list[Place], list[Place]]:
+    """The same places with their groups."""
+    places = (*lends, *own)
+    numbers = ranks([(place.accelerator, place.bytes_per_s) for place in places])
+    found = [replace(place, rank=rank) for place, rank in zip(places, numbers, strict=True)]
+    return found[: len(lends)], found[len(lends) :]
 
 
 def _laid(estimate: Estimate, sizes: Sequence[int], host: HostMemory, way: Way) -> Row:
@@ -173,20 +205,19 @@ def _laid(estimate: Estimate, sizes: Sequence[int], host: HostMemory, way: Way) 
     devices = 2 if way.several else 1
     compute = estimate.compute_on_each(devices)  # 5
     held = estimate.embedding + estimate.logits + estimate.prompts  # 6
-    held += estimate.compute if way.beside else estimate.compute_beside(devices)
+    held += estimate.compute if way.beside is not None else estimate.compute_beside(devices)
     before = [place.with_more(compute) for place in way.lent]
     own = [place.with_more(compute) for place in way.own]
     own = [place.with_more(held) if place.device == host.main else place for place in own]
-    if way.beside:  # 1
-        main = Place(host.main, None, False, host.free[host.main])
-        before.insert(0, main.with_more(held + estimate.projector))
+    if way.beside is not None:  # 1
+        before.insert(0, way.beside.with_more(held + estimate.projector))
     largest = max(sizes)
     row = [place for place in before if place.space >= largest]  # 3
     after = [place for place in own if place.space >= largest]
     row += _bearing(after[::-1], estimate.projector, largest)[::-1]  # 6
     output = estimate.output + estimate.output_copy
     row = _bearing(row, output, largest)  # 1
-    row = _roomiest(row, min(MAX_DEVICES + way.beside, len(sizes)))  # 3
+    row = _roomiest(row, min(MAX_DEVICES + (way.beside is not None), len(sizes)))  # 3
     mine = [place for place in row if place.worker is None]
     if any(place.device == host.main for place in mine):
         held = 0
@@ -204,7 +235,7 @@ def _filled(
     layers: tuple[int, ...] = ()
     if not short and not lacks:
         if _as_counted(way, row):
-            layers = _shares(sizes, [place.space for place in row])  # 4
+            layers = _shares(sizes, row)  # 4
         if not layers:  # there is room, but in pieces: one layer at least finds no place
             lacks = min(sizes)
     needed = held + whole + sum(place.besides for place in row)
@@ -213,28 +244,32 @@ def _filled(
 
 def _as_counted(way: Way, row: Sequence[Place]) -> bool:
     """Whether these are memories as the way was counted for, and some of them a worker's."""
-    if way.beside and row and row[0].worker is not None:
+    if way.beside is not None and row and row[0].worker is not None:
         return False
     if way.several and len(row) < 2:
         return False
     return any(place.worker is not None for place in row)
 
 
-def _shares(sizes: Sequence[int], spaces: Sequence[int]) -> tuple[int, ...]:
-    """Layers of these sizes in each of these spaces, at least one, in proportion to them; empty if
-    they do not hold all. Each space is large enough for any one layer, and there are no more than
-    layers."""
+def _shares(sizes: Sequence[int], row: Sequence[Place]) -> tuple[int, ...]:
+    """Layers of these sizes in each of these places, at least one, filled group by group (4); empty
+    if they do not hold all. Each has space for any one layer, and there are no more than layers."""
     ends = list(accumulate(sizes, initial=0))
     last = len(ends) - 1
+    group = STEPS * len(row)
 
-    def filled(part: int) -> tuple[int, ...]:
+    def filled(level: int) -> tuple[int, ...]:
+        """With each group filled by as many as `STEPS`, one place after another: all at once they
+        would take several layers more where one is left, and faster places would lose them."""
         cuts = [0]
-        for number, space in enumerate(spaces, start=1):
-            most = bisect_right(ends, ends[cuts[-1]] + space * part // STEPS) - 1
-            cuts.append(min(max(most, cuts[-1] + 1), last - (len(spaces) - number)))
+        for number, place in enumerate(row):
+            steps, ahead = divmod(min(max(level - place.rank * group, 0), group), len(row))
+            part = steps + (number < ahead)
+            most = bisect_right(ends, ends[cuts[-1]] + place.space * part // STEPS) - 1
+            cuts.append(min(max(most, cuts[-1] + 1), last - (len(row) - 1 - number)))
         return tuple(end - start for start, end in pairwise(cuts)) if cuts[-1] == last else ()
 
-    low, high = 0, STEPS
+    low, high = 0, group * (max(place.rank for place in row) + 1)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if filled(middle) else (middle, high)

@@ -4,6 +4,7 @@ tests/engine. Layers are so large that what stays free of each memory is small b
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import cycle
 
 import pytest
 from hypothesis import example, given
@@ -101,7 +102,8 @@ def test_accelerators_of_workers_are_enough_for_a_host_without() -> None:
         ("CUDA1", 63 * GB + LARGE_BUFFER),
     )
     workers = [worker("b", 50 * GB, 50 * GB, accelerators=True)]
-    assert planned(split_fit(NEED, [main(90 * GB)], None, workers)).beside == 6
+    plan = planned(split_fit(NEED, [main(90 * GB)], None, workers))
+    assert (plan.beside, plan.tensor_split) == (4, (4, 5))  # no more of them than has to be
 
 
 def test_the_hosts_accelerators_come_last_and_bear_the_projector() -> None:
@@ -210,12 +212,19 @@ SIZES = st.integers(1, 60)
 LAYERS = st.lists(st.integers(2, 12), min_size=1, max_size=14)
 MORE_LAYERS = st.lists(st.integers(2, 12), min_size=3, max_size=14)
 CARDS = st.lists(SIZES, max_size=3)
+PACES = st.lists(st.none() | st.sampled_from((20, 50, 300)), min_size=1, max_size=5)
+"""Bytes per second of memories, in turn."""
 LENT = st.lists(st.tuples(st.booleans(), st.lists(SIZES, min_size=1, max_size=2)), max_size=4)
 
 
 def made(
-    layers: list[int], cards: list[int], ram: int, lent: list[tuple[bool, list[int]]]
+    layers: list[int],
+    cards: list[int],
+    ram: int,
+    lent: list[tuple[bool, list[int]]],
+    paces: list[int | None],
 ) -> tuple[Estimate, list[Budget], list[WorkerMemory]]:
+    pace = cycle(paces)
     need = replace(
         NEED, layers=tuple(LayerNeed(size * GB, 0) for size in layers), projector=GB // 2
     )
@@ -224,14 +233,23 @@ def made(
         worker(f"w{n}", *(s * GB for s in (sizes if fast else sizes[:1])), accelerators=fast)
         for n, (fast, sizes) in enumerate(lent)
     ]
+    own = [replace(budget, bytes_per_s=next(pace)) for budget in own]
+    workers = [
+        replace(w, lends=tuple(replace(lend, bytes_per_s=next(pace)) for lend in w.lends))
+        for w in workers
+    ]
     return need, own, workers
 
 
-@given(LAYERS, CARDS, SIZES, LENT)
+@given(LAYERS, CARDS, SIZES, LENT, PACES)
 def test_a_plan_is_whole_and_within_every_memory(
-    layers: list[int], cards: list[int], ram: int, lent: list[tuple[bool, list[int]]]
+    layers: list[int],
+    cards: list[int],
+    ram: int,
+    lent: list[tuple[bool, list[int]]],
+    paces: list[int | None],
 ) -> None:
-    need, own, workers = made(layers, cards, ram, lent)
+    need, own, workers = made(layers, cards, ram, lent, paces)
     found = split_fit(need, own, None, workers)
     assert found.fits == (found.plan is not None) == (found.missing == 0)
     if found.plan is None:
@@ -259,17 +277,18 @@ def test_a_plan_is_whole_and_within_every_memory(
     assert not (cards and plan.beside)
 
 
-@example([2, 2, 2], [4, 8], 4, [(True, [4])], 0, 1)
-@given(MORE_LAYERS, CARDS, SIZES, LENT, st.integers(0, 3), st.integers(1, 30))
+@example([2, 2, 2], [4, 8], 4, [(True, [4])], [None], 0, 1)
+@given(MORE_LAYERS, CARDS, SIZES, LENT, PACES, st.integers(0, 3), st.integers(1, 30))
 def test_more_memory_never_hurts(
     layers: list[int],
     cards: list[int],
     ram: int,
     lent: list[tuple[bool, list[int]]],
+    paces: list[int | None],
     which: int,
     more: int,
 ) -> None:
-    need, own, workers = made(layers, cards, ram, lent)
+    need, own, workers = made(layers, cards, ram, lent, paces)
     if not split_fit(need, own, None, workers).fits:
         return
     larger = [size + more * (n == which) for n, size in enumerate(cards)]
@@ -277,12 +296,26 @@ def test_more_memory_never_hurts(
         (fast, [s + more * (n == which) for s in sizes]) for n, (fast, sizes) in enumerate(lent)
     ]
     for better in (
-        made(layers, cards, ram + more, lent),
-        made(layers, larger, ram, lent),
-        made(layers, cards, ram, roomier),
+        made(layers, cards, ram + more, lent, paces),
+        made(layers, larger, ram, lent, paces),
+        made(layers, cards, ram, roomier, paces),
     ):
         need, own, workers = better
         assert split_fit(need, own, None, workers).fits
+
+
+@given(LAYERS, CARDS, SIZES, LENT, PACES)
+def test_how_fast_memories_are_decides_where_layers_lie_and_not_whether(
+    layers: list[int],
+    cards: list[int],
+    ram: int,
+    lent: list[tuple[bool, list[int]]],
+    paces: list[int | None],
+) -> None:
+    need, own, workers = made(layers, cards, ram, lent, paces)
+    _, blind_own, blind = made(layers, cards, ram, lent, [None])
+    fits = split_fit(need, own, None, workers).fits
+    assert fits == split_fit(need, blind_own, None, blind).fits
 
 
 @given(st.integers(2, 40), st.lists(st.integers(45, 90), min_size=1, max_size=5))
