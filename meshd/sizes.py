@@ -33,6 +33,12 @@ def parse_size_or_share(text: str, whole: int) -> int:
     return parse_size(text)
 
 
+def two_digits(count: float) -> int:
+    """`count`, not below 0, rounded to two significant digits: 4,917 is 4,900."""
+    step: int = 10 ** max(0, len(str(int(count))) - 2)
+    return round(count / step) * step
+
+
 def format_size(count: float) -> str:
     """`4.8 GB`: three digits at most, decimal units, as disks and networks are measured."""
     for unit in ("B", "kB", "MB", "GB", "TB"):

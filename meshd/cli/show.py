@@ -18,6 +18,7 @@ from meshd.cli.options import (
     print_json,
     size,
 )
+from meshd.sizes import format_size
 
 
 @click.command()
@@ -53,6 +54,7 @@ def status(data_dir: Path | None, as_json: bool) -> int:
         out.print(
             f"device   {escape(device['name'])} ({device['backend']}), "
             f"{size(device['memory_free_bytes'])} of {size(device['memory_total_bytes'])} free"
+            + (f", {format_size(speed)}/s" if (speed := device.get("memory_bytes_per_s")) else "")
         )
     if cache is not None:
         out.print(

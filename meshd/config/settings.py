@@ -73,6 +73,10 @@ class EngineSettings(Section):
     tensor_cache: Annotated[str, StringConstraints(pattern=SIZE_PATTERN)] = "64GB"
     """Disk for tensors of models that lie here in part, so that their hosts need not send them at
     every load; those used longest ago go first. `0B` keeps none."""
+    memory_speed: Annotated[str, StringConstraints(pattern=SIZE_PATTERN)] | None = None
+    """Bytes a second that engines read of main memory, such as `60GB`: of a model split over
+    several nodes the fastest memories hold the most. Default: measured when the node has started.
+    `0B` says that it is not known, and does not measure."""
     extra_args: tuple[str, ...] = ()
     """Appended to llama-server's command line as they are."""
     start_silence_s: Seconds = 120.0

@@ -244,6 +244,8 @@ _ON_FEW_CORES = {
     # Threads of several engines that spin while they wait for each other would hold all of them up
     # for seconds.
     "MESHD_ENGINE__THREADS": "1",
+    # All nodes have the same memory: what a busy machine makes of it must not move plans.
+    "MESHD_ENGINE__MEMORY_SPEED": "10GB",
     # Daemons start by the dozen here: whatever the tests themselves run with, these need not be
     # compiled each time.
     "PYTHONDONTWRITEBYTECODE": "",

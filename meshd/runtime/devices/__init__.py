@@ -17,6 +17,7 @@ from meshd.runtime.devices.changes import (
 from meshd.runtime.devices.cpu import read_memory
 from meshd.runtime.devices.engine_list import EngineDevice, EngineList, parse_list
 from meshd.runtime.devices.machine import read_devices, take_reading
+from meshd.runtime.devices.memory_speed import measure_memory_speed
 from meshd.runtime.devices.reading import Driver, Gpu, GpuProcess, Reading
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Reading",
     "agree",
     "changes",
+    "measure_memory_speed",
     "parse_list",
     "read_devices",
     "read_memory",

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from meshd.runtime.devices.cpu import Memory
 from meshd.runtime.devices.reading import Driver, Gpu, GpuProcess
+from meshd.sizes import two_digits
 from meshd.view import DeviceView
 
 T = TypeVar("T")
@@ -139,12 +140,21 @@ class _Reader:
             compute_capability=capability,
             driver=self._version,
             problem=problem,
+            # Of a MIG instance it is a part that the driver does not tell.
+            memory_bytes_per_s=None if parent else self._memory_speed(handle),
         )
         return Gpu(view, index, self._processes(handle), parent, divided)
 
     def _capability(self, handle: Any) -> str | None:
         found = self._if_told(lambda: self._nvml.nvmlDeviceGetCudaComputeCapability(handle))
         return None if found is None else f"{found[0]}.{found[1]}"
+
+    def _memory_speed(self, handle: Any) -> int | None:
+        """Bytes per second: the width of the bus, twice a tick at the highest clock."""
+        nvml = self._nvml
+        bits = self._if_told(lambda: nvml.nvmlDeviceGetMemoryBusWidth(handle)) or 0
+        mhz = self._if_told(lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_MEM))
+        return two_digits(bits / 8 * 2 * (mhz or 0) * 1e6) or None
 
     def _mig_is_on(self, handle: Any) -> bool:
         mode = self._if_told(lambda: self._nvml.nvmlDeviceGetMigMode(handle))

@@ -12,6 +12,8 @@ import pynvml
 
 GIB = 1 << 30
 MIB = 1 << 20
+LEAST_VALUE = 32
+"""Of a bus in bits, of a clock in MHz."""
 
 T = TypeVar("T")
 
@@ -28,6 +30,9 @@ class Part:
     computing: list[tuple[int, int | None]] | int = field(default_factory=list)
     """(pid, bytes)"""
     drawing: list[tuple[int, int | None]] | int = field(default_factory=list)
+    bus_bits: int = 6144
+    memory_mhz: int = 3201
+    """Either is a number of an error below `LEAST_VALUE`, which no GPU is."""
     mig: bool | int = pynvml.NVML_ERROR_NOT_SUPPORTED
     instances: dict[int, Part] = field(default_factory=dict)
     """By slot of seven."""
@@ -39,6 +44,12 @@ def told(value: Any, answer: Callable[[Any], T]) -> T:
     if isinstance(value, int) and not isinstance(value, bool):
         raise pynvml.NVMLError(value)
     return answer(value)
+
+
+def above_errors(value: int) -> int:
+    if value < LEAST_VALUE:
+        raise pynvml.NVMLError(value)
+    return value
 
 
 class FakeNvml:
@@ -96,6 +107,13 @@ class FakeNvml:
 
     def nvmlDeviceGetMemoryInfo(self, part: Part) -> SimpleNamespace:  # noqa: N802
         return told(part.memory, lambda pair: SimpleNamespace(total=pair[0], free=pair[1]))
+
+    def nvmlDeviceGetMemoryBusWidth(self, part: Part) -> int:  # noqa: N802
+        return above_errors(part.bus_bits)
+
+    def nvmlDeviceGetMaxClockInfo(self, part: Part, kind: int) -> int:  # noqa: N802
+        assert kind == pynvml.NVML_CLOCK_MEM
+        return above_errors(part.memory_mhz)
 
     def nvmlDeviceGetComputeRunningProcesses(self, part: Part) -> list[Any]:  # noqa: N802
         return told(part.computing, processes)

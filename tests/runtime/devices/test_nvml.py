@@ -23,6 +23,7 @@ def test_a_gpu_with_memory_of_its_own(tmp_path: Path) -> None:
     assert view.uuid == "GPU-6f0b5f3e-0d2c-4a77-9f1e-3f4bb4a1c001"
     assert (view.memory_total_bytes, view.memory_free_bytes) == (143_771 * MIB, 143_164 * MIB)
     assert (view.unified, view.compute_capability, view.problem) == (False, "9.0", None)
+    assert view.memory_bytes_per_s == 4_900_000_000_000
     assert (gpu.index, gpu.parent, gpu.divided, gpu.processes) == (0, None, False, ())
     assert nvml.calls == ["init", "shutdown"]
 
@@ -57,6 +58,24 @@ def test_memory_the_driver_does_not_count_is_the_machines(
     assert gpu.view.compute_capability == "12.1"
 
 
+@pytest.mark.parametrize(
+    ("bus_bits", "memory_mhz", "bytes_per_s"),
+    [
+        (384, 10_501, 1_000_000_000_000),
+        (64, 1_600, 26_000_000_000),
+        (pynvml.NVML_ERROR_NOT_SUPPORTED, 3201, None),
+        (6144, pynvml.NVML_ERROR_NOT_SUPPORTED, None),
+        (pynvml.NVML_ERROR_FUNCTION_NOT_FOUND, pynvml.NVML_ERROR_NO_PERMISSION, None),
+    ],
+)
+def test_how_fast_its_memory_is_where_the_driver_tells(
+    tmp_path: Path, bus_bits: int, memory_mhz: int, bytes_per_s: int | None
+) -> None:
+    part = Part(bus_bits=bus_bits, memory_mhz=memory_mhz)
+    _, (gpu,) = read_nvidia(FakeNvml(part), MACHINE, tmp_path)
+    assert (gpu.view.memory_bytes_per_s, gpu.view.problem) == (bytes_per_s, None)
+
+
 def test_instances_of_mig_are_devices_and_their_gpu_is_not_usable(tmp_path: Path) -> None:
     name = "NVIDIA H100 80GB HBM3"
     part = Part(
@@ -75,6 +94,7 @@ def test_instances_of_mig_are_devices_and_their_gpu_is_not_usable(tmp_path: Path
     assert (first.view.memory_total_bytes, first.view.problem) == (40_448 * MIB, None)
     assert (second.view.name, second.view.uuid) == (f"{name} MIG 1", "MIG-22222222-b")
     assert {first.view.compute_capability, second.view.compute_capability} == {"9.0"}
+    assert {first.view.memory_bytes_per_s, second.view.memory_bytes_per_s} == {None}
 
 
 def test_mig_without_an_instance(tmp_path: Path) -> None:
