@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 NOBODY = 65534
 PROMPT, TOKENS = "Two users of one machine", 12
 TOLD_LIMIT_S = 5.0
-"""Until the daemon tells of what its process of tunnels refused, and of what a load sent."""
+"""Until the daemon tells of what its process of tunnels refused."""
 ENDED_LIMIT_S = WATCH_S + REACTION_S
 """From a stranger's connection to the end of the RPC server."""
 SERVED_LIMIT_S = 60.0
@@ -129,23 +129,22 @@ def test_another_user_of_the_host_or_a_worker_gets_nothing_of_it(engine_lan: Lan
 
 def _tunnels_are_closed_to_him(lan: Lan, host: MeshNode, workers: tuple[str, ...]) -> None:
     """At the host's end of each, without a byte on the way to a worker."""
-    lan.until(
-        lambda: logged(host, f"{MODEL} is loaded: "),
-        timeout_s=TOLD_LIMIT_S,
-        what="what the load sent is counted",
-    )
+    first, *_ = ports = tunnel_ports(host)
+    _is_closed_out(lan, host, first)  # with the report of which all is told that was sent before
     before = sent(host)
     assert before.keys() == set(workers)
-    for count, port in enumerate(tunnel_ports(host), start=1):
-        with Stranger(host, port) as stranger:
-            assert stranger.heard(within_s=REACTION_S) == 0
-        # The same report has what the tunnels carried until then.
-        lan.until(
-            lambda: len(logged(host, "tunnels were refused to other users")) == count,  # noqa: B023
-            timeout_s=TOLD_LIMIT_S,
-            what="it is told",
-        )
+    for port in ports:
+        _is_closed_out(lan, host, port)
     assert sent(host) == before
+
+
+def _is_closed_out(lan: Lan, host: MeshNode, port: int) -> None:
+    """Returns when the host has told of it, and of what its tunnels carried until then."""
+    told = "tunnels were refused to other users"
+    before = len(logged(host, told))
+    with Stranger(host, port) as stranger:
+        assert stranger.heard(within_s=REACTION_S) == 0
+    lan.until(lambda: len(logged(host, told)) > before, timeout_s=TOLD_LIMIT_S, what="it is told")
 
 
 def _python_of_all() -> str:
