@@ -144,11 +144,16 @@ class SplitNode:
     # -- its processes ----------------------------------------------------------------------------
 
     def running(self, program: str) -> list[int]:
-        """Pids of its children that run `program`."""
+        """Pids of its children that run `program`; of llama-servers, those that serve the model,
+        for others are started to be asked or tried."""
         assert self._process is not None
         if self._process.poll() is not None:
             return []
-        return [p for p in children_of(self._process.pid) if program in (argv_of(p) or ("",))[0]]
+        argvs = {pid: argv_of(pid) or ("",) for pid in children_of(self._process.pid)}
+        found = {pid: argv for pid, argv in argvs.items() if program in argv[0]}
+        if program == "llama-server":
+            return [pid for pid, argv in found.items() if str(self._model) in argv]
+        return list(found)
 
     def engine_socket(self) -> Path:
         """By a way that is short enough for a socket, wherever WORK is."""
