@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 from meshd.errors import MeshdError
 from meshd.ids import NodeId
 from meshd.kernel import Board
-from meshd.runtime.lending.supply import WORTHWHILE_BYTES, Choice, Ways, choose
+from meshd.runtime.lending.supply import Choice, Ways, choose
 from meshd.sizes import format_size
 from meshd.view import Loan, NeededWeights, PeerState, View
 
@@ -31,6 +31,8 @@ STALL_S: Final = 10.0
 REST_S: Final = 600.0
 """After a fetch that was given up or failed, the same weights are not fetched for so long: a host
 plans anew at once, and would wait as long again for nothing."""
+MEASURED_BYTES: Final = 64 << 20
+"""A fetch of less says little about the lines it came over."""
 MAX_REMEMBERED: Final = 64
 """Sets of weights, and groups of nodes, of which something is remembered; the oldest goes."""
 
@@ -130,7 +132,7 @@ class Supplying:
                 self.fetched_bytes += watch.fetched_bytes
         seconds = asyncio.get_running_loop().time() - began
         log.info("fetched %s in %.1f s", watch.words(got), seconds)
-        if got >= WORTHWHILE_BYTES:
+        if got >= MEASURED_BYTES:
             _remember(self._rates, holders, got / seconds)
 
 

@@ -1,5 +1,8 @@
 """Workers that have none of a model's files, in a mesh in which others hold them: each fetches the
-shards of its layers from those before its host connects, and nobody takes them for the model."""
+shards of its layers from those before its host connects, and nobody takes them for the model.
+
+The host is on a slow line, and knows it: it has sent another set of the same tensors before.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from tests.mesh.splitting import (
     logged,
     metric,
     sent,
+    tidy,
     wait_placed,
 )
 from tests.models import WIDE, split_model, wide_model
@@ -34,8 +38,10 @@ HOLDERS, WORKERS = ("a", "d", "e"), ("b", "c")
 """`a` hosts; `d` and `e` lend nothing."""
 PROMPTS = ("nine bottles of ink", "Once", "é")
 TOKENS = 32
-TENSORS_PER_SHARD = 3
+SLOW = "100mbit"
+TENSORS_PER_SHARD = 1
 COUNTED_LIMIT_S = 10.0
+GONE_LIMIT_S = 10.0
 LAYER_BYTES = 2 * WIDE.parameters // WIDE.layers
 """Of the matrices of one layer; each worker holds one."""
 SERVE_NOTHING = {"MESHD_CACHE__FROM_PEERS": "false"}
@@ -43,7 +49,7 @@ SERVE_NOTHING = {"MESHD_CACHE__FROM_PEERS": "false"}
 
 @pytest.fixture
 def shards(tmp_path: Path, engine_dir: Path) -> list[Path]:
-    """Of the model of 418 MB: some ten, of one or two matrices each."""
+    """Of the model of 418 MB: one for each tensor."""
     copy = tmp_path / "made" / wide_model().name
     copy.parent.mkdir()
     shutil.copy(wide_model(), copy)
@@ -66,16 +72,18 @@ def test_workers_fetch_the_shards_of_their_layers_from_who_holds_them(
 ) -> None:
     nodes = _start(engine_lan, disks)
     a, workers = nodes["a"], [nodes[name] for name in WORKERS]
-    where = _load(engine_lan, nodes)
-    carried = sent(a)
+    before, where = _load(engine_lan, nodes)
+    carried = {name: count - before[name] for name, count in sent(a).items()}
     fetched = {n.name: metric(n, "meshd_shards_fetched_bytes_total") for n in workers}
     engine_lan.say(f"sent by the host: {carried}; fetched before: {fetched}")
     total = sum(path.stat().st_size for path in shards)
+    for line in (line for worker in workers for line in logged(worker, "warmed ")):
+        engine_lan.say(line)
     for worker in workers:
         assert carried[worker.name] < 0.01 * total
-        assert LAYER_BYTES <= fetched[worker.name] < 0.6 * total
-        assert metric(worker, "meshd_tensors_pushed_bytes_total") == 0
-        assert logged(worker, f"of {MODEL} from other nodes: that takes 0.")
+        assert LAYER_BYTES <= fetched[worker.name] < 1.2 * LAYER_BYTES
+        assert metric(worker, "meshd_tensors_pushed_bytes_total") == LAYER_BYTES, "at first"
+        assert logged(worker, f"of {MODEL} from other nodes: that takes some ")
         (line,) = logged(worker, "fetched ")
         assert {"d", "e"} & set(line.rpartition(" from ")[2].partition(" in ")[0].split(", "))
         (line,) = logged(worker, "warmed ")
@@ -96,10 +104,10 @@ def test_workers_fetch_the_shards_of_their_layers_from_who_holds_them(
 
     # The rest comes when somebody wants all of it, and nothing twice.
     b = workers[0]
-    before = sum(map(len, disks["b"].content().values()))
+    there = sum(map(len, disks["b"].content().values()))
     done = b.meshd("cache", "pull", REF, "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["fetched_bytes"] == total - before
+    assert json.loads(done.stdout.splitlines()[-1])["fetched_bytes"] == total - there
     assert _listed(b)[0]["state"] == "ok"
 
     alone = engine_lan.node("alone", "--mesh", "alone").start()
@@ -115,13 +123,13 @@ def test_what_cannot_be_fetched_is_sent_by_the_host(
 ) -> None:
     """They say that they hold it, and give nothing."""
     nodes = _start(engine_lan, disks, **dict.fromkeys(HOLDERS, SERVE_NOTHING))
-    _load(engine_lan, nodes)
+    before, _ = _load(engine_lan, nodes)
     carried = sent(nodes["a"])
     for name in WORKERS:
-        assert carried[name] >= LAYER_BYTES
+        assert carried[name] - before[name] >= LAYER_BYTES
         assert logged(nodes[name], "is given up, its host sends the rest")
         assert metric(nodes[name], "meshd_shards_fetched_bytes_total") == 0
-        assert metric(nodes[name], "meshd_tensors_pushed_bytes_total") == LAYER_BYTES
+        assert metric(nodes[name], "meshd_tensors_pushed_bytes_total") == 2 * LAYER_BYTES
         assert not disks[name].blobs.exists()
     assert answer(nodes["a"], PROMPTS[0], 4)
 
@@ -143,21 +151,33 @@ def _start(lan: Lan, disks: dict[str, Disk], **environ: dict[str, str]) -> dict[
     return nodes
 
 
-def _load(lan: Lan, nodes: dict[str, MeshNode]) -> Placed:
-    """Returns when it is served, and what the load sent is counted."""
+def _load(lan: Lan, nodes: dict[str, MeshNode]) -> tuple[dict[str, int], Placed]:
+    """What `a` had sent before, and where it is. Returns when it is served, and what the load sent
+    is counted."""
     a = nodes["a"]
+    a.host.slow_down(SLOW)
+    load(a, wide_model(), "--host", "a")
+    wait_placed(lan, *nodes.values())
+    _wait_loaded(lan, a, times=1)
+    a.unload(MODEL)
+    lan.until(lambda: tidy(None, nodes.values()), timeout_s=GONE_LIMIT_S, what="nothing is left")
+    before = sent(a)
     lan.until(
         lambda: _listed(a)[0]["elsewhere"], timeout_s=COUNTED_LIMIT_S, what="others hold it too"
     )
     load(a, REF, "--host", "a")
     where = wait_placed(lan, *nodes.values())
     assert set(where.workers) == set(WORKERS)
+    _wait_loaded(lan, a, times=2)
+    return before, where
+
+
+def _wait_loaded(lan: Lan, host: MeshNode, *, times: int) -> None:
     lan.until(
-        lambda: logged(a, f"{MODEL} is loaded: "),
+        lambda: len(logged(host, f"{MODEL} is loaded: ")) == times,
         timeout_s=COUNTED_LIMIT_S,
         what="what the load sent is counted",
     )
-    return where
 
 
 def _listed(node: MeshNode) -> list[dict[str, Any]]:

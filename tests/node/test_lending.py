@@ -358,7 +358,7 @@ async def test_shards_are_fetched_before_the_server_starts(bench: Bench) -> None
     await stream.said("serving")
     assert len(FakeServer.started) == 1
     words = [said["words"] for said in stream.wire.said if said["t"] == "moved"]
-    assert words[1:] == ["fetching shards: 1.1 GB", "starting the RPC server"]
+    assert words[1:] == ["fetching shards: 8.6 GB", "starting the RPC server"]
 
 
 async def test_a_loan_that_ends_while_it_fetches_gives_everything_back(bench: Bench) -> None:
@@ -378,7 +378,7 @@ def _asked_to_fetch(bench: Bench) -> Stream:
     holder = a_peer(id=OTHER, weights=frozenset({ASK.digest}))
     bench.board.publish(with_peers(bench.board.current, (holder,)))
     bench.cache.whole = False
-    size = 1 << 30
+    size = 8 << 30
     needed = NeededWeights("acme/m", (("1" * 64, size),), size, 2 * size, 2, None)
     stream = bench.asked(replace(ASK, weights=needed))
     stream.hear({"t": "commit"})
