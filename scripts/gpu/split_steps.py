@@ -158,7 +158,7 @@ def split(lab: Lab, backend: Backend, host: SplitNode, worker: SplitNode, solo: 
     with Stable(WORK) as stable:
         for what in ("first", "second"):
             before = host.tunnel_bytes()
-            seconds = host.load(context=backend.context, host=host.name)
+            seconds = host.load(context=backend.context, host=host.name, split=True)
             percent = 100 * (host.tunnel_bytes() - before) / size
             seen = f"{seconds:.1f} s, {percent:.2f} % of the weights through tunnels"
             lab.note(f"two nodes: {what} load", what == "first" or percent < 1, seen)
@@ -172,7 +172,7 @@ def split(lab: Lab, backend: Backend, host: SplitNode, worker: SplitNode, solo: 
             lab.note(f"plain RPC: {what} load", True, f"{engine.load_s:.1f} s")
             plain_runs.append(answers_of(engine.where, backend))
             engines.end(engine)
-    host.load(context=backend.context, host=host.name)
+    host.load(context=backend.context, host=host.name, split=True)
     speed, plain = Speed.of(runs), Speed.of(plain_runs)
     pairs = zip(speed.text, solo.text, strict=True)
     same = next((n for n, (ours, theirs) in enumerate(pairs) if ours != theirs), backend.tokens)
@@ -259,11 +259,17 @@ def worker_killed(lab: Lab, backend: Backend, host: SplitNode, worker: SplitNode
         f"refused after {ended_s:.2f} s ({refusal[0]} {refusal[1]}); of its rpc-server and the "
         f"host's llama-server {len(alive)} live on",
     )
-    host.wait(lambda: " short" in (host.model().get("reason") or ""), "it says what lacks")
+    host.wait(lambda: lacks(host.model().get("reason") or ""), "it says what lacks")
     lab.note("without it", host.model()["state"] == "waiting", host.model()["reason"][:300])
     began = worker.start("--max-vram", backend.room)
     back_s = host.wait(lambda: host.chat()[0] == 200, "it serves again") - began
     lab.note("the worker comes back", True, f"served again {back_s:.2f} s after its start")
+
+
+def lacks(reason: str) -> bool:
+    """Whether these words say that memory lacks. A host with a GPU could hold the rest of the model
+    in its main memory, were it not told to split it."""
+    return " short" in reason or "no other node" in reason
 
 
 def answers_of(where: Path, backend: Backend) -> list[dict[str, Any]]:
