@@ -59,7 +59,7 @@ class MeshNeighbours:
 def bulk_service(
     cache: CacheRoom, tunnel: Callable[[NodeId, Open], dict[str, Any]]
 ) -> Callable[[NodeId, Open], dict[str, Any]]:
-    """For `session.Needs`: what other nodes get of the weights here, every member the same; and
+    """For `peers.needs`: what other nodes get of the weights here, every member the same; and
     `tunnel`, for hosts of which this node is a worker. It raises PeerRefused, NotInCache."""
 
     def serve(node: NodeId, wanted: Open) -> dict[str, Any]:

@@ -266,7 +266,7 @@ class Rooms:
         from meshd.node.neighbours import CARRIER, bulk_service
         from meshd.peers.lan.discovery import Discovery
         from meshd.peers.mesh import MeshService
-        from meshd.peers.session import Needs
+        from meshd.peers.needs import Needs
         from meshd.runtime.process import guarded
 
         cache = self._cache

@@ -36,7 +36,8 @@ from meshd.peers.lan.sightings import Sightings
 from meshd.peers.links.listener import PeerListener, Speakers
 from meshd.peers.links.streams import Open
 from meshd.peers.naming import resolve_node
-from meshd.peers.session import Needs, Session
+from meshd.peers.needs import Needs
+from meshd.peers.session import Session
 from meshd.peers.showing import publish
 from meshd.peers.trust.credentials import MeshStore
 from meshd.peers.trust.identity import Identity
@@ -223,8 +224,8 @@ class MeshService(Service):
                 trust.authenticate,
                 desk.serve,
                 session.linking.serve,
-                session.serve_raw,
-                session.take_bulk,
+                session.serving.raw,
+                session.serving.take_bulk,
             ),
             lambda work: self.spawn(work, name="peer"),
         )
@@ -369,13 +370,13 @@ class MeshService(Service):
     def expect_bulk(self) -> None:
         """Another node is about to open a bulk stream here."""
         if self._session is not None:
-            self._session.expect_bulk()
+            self._session.serving.expect_bulk()
 
     def bulk_bytes(self) -> tuple[int, int]:
         """(received, sent) by bulk streams other nodes opened here, those that are over."""
         if self._session is None:
             return (0, 0)
-        received, sent = self._session.bulk.bytes_carried
+        received, sent = self._session.serving.bulk.bytes_carried
         return received, sent
 
     # -- commands ---------------------------------------------------------------------------------

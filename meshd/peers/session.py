@@ -8,40 +8,36 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
-import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from typing import Any, Final, assert_never
 
 from meshd import __version__
-from meshd.config import Config
-from meshd.errors import MeshdError, PeerRefused, PeerUnreachable
-from meshd.ids import BootId, InstanceId, NodeId
-from meshd.kernel import Board, Clock, Driver, FlightRecorder
-from meshd.peers.bulk.handover import Handover, credentials_of
+from meshd.errors import PeerRefused, PeerUnreachable
+from meshd.ids import BootId, NodeId
+from meshd.kernel import Driver
 from meshd.peers.denying import Denying
-from meshd.peers.deploying import Deploying, Deployments
+from meshd.peers.deploying import Deploying
 from meshd.peers.joining.renewing import Renewing
-from meshd.peers.links.channel import FrameChannel
 from meshd.peers.links.codec import message_from_wire, message_to_wire
 from meshd.peers.links.connector import Connector
 from meshd.peers.links.frames import RAW_OPEN_LIMIT
 from meshd.peers.links.handshake import statement_to_hello
 from meshd.peers.links.hello import Hello, Purpose, make_hello, parse_refusal
-from meshd.peers.links.linking import Linking, Spawn
+from meshd.peers.links.linking import Linking
 from meshd.peers.links.links import ControlLink
-from meshd.peers.links.streams import OPEN_TIMEOUT_S, Open, Streams, begin
+from meshd.peers.links.streams import OPEN_TIMEOUT_S, Open, begin
+from meshd.peers.needs import Needs
 from meshd.peers.protocol import ALPN_RAW
+from meshd.peers.serving import Serving
 from meshd.peers.showing import AT_ONCE_S, SLOTS_S, Showing
 from meshd.peers.swim import gossip
 from meshd.peers.swim.gossip import Alive, Message
 from meshd.peers.swim.swim import Swim
 from meshd.peers.swim.timing import LAN, WAN
 from meshd.peers.telling import Telling
-from meshd.peers.trust.certificates import PeerCertificate
 from meshd.peers.trust.trust import Trust
 from meshd.peers.trust.wire import KnownPeer
 from meshd.view import (
@@ -55,42 +51,6 @@ log = logging.getLogger(__name__)
 
 TICK_S: Final = 0.25
 SWEEP_S: Final = 1.0
-MAX_BULK_STREAMS: Final = 32
-"""That other nodes have open here; each is a thread of the carrier."""
-
-
-def _nothing_in_bulk(node: NodeId, wanted: Open) -> dict[str, Any]:
-    raise PeerRefused(f"there is no service `{wanted.service}` here", reason="no_service")
-
-
-def _nothing_to_lend(node: NodeId, name: str) -> asyncio.Protocol:
-    raise PeerRefused("this node lends no memory", reason="no_service")
-
-
-@dataclass(frozen=True, slots=True)
-class Needs:
-    """What a session gets from the node around it."""
-
-    config: Config
-    board: Board[View]
-    clock: Clock
-    rng: random.Random
-    recorder: FlightRecorder
-    spawn: Spawn
-    inflight: Callable[[InstanceId], int]
-    serve_api: Callable[[str], asyncio.Protocol]
-    """A protocol that serves an authenticated peer, by its name, from this node's engines."""
-    carrier: tuple[str, ...] = ()
-    """The command that becomes the carrier of bulk streams; empty: they are not served."""
-    serve_bulk: Callable[[NodeId, Open], dict[str, Any]] = _nothing_in_bulk
-    """What the carrier is to do for a node that asks so; of `shard` the grant, of `manifest` the
-    answer itself. Raises PeerRefused."""
-    bulk_lost: Callable[[], None] = lambda: None
-    """The carrier ended unasked, and all that it served."""
-    serve_loan: Callable[[NodeId, str], asyncio.Protocol] = _nothing_to_lend
-    """A protocol that lends memory to a node, by its id and its name. Raises PeerRefused."""
-    deployments: Deployments | None = None
-    """What the mesh should serve; None: this node takes no part in it."""
 
 
 class Session:
@@ -119,18 +79,6 @@ class Session:
         self._statement = self._signed(starts << 20, starts << 20)
         self._look_timer: asyncio.TimerHandle | None = None
         self._connector = Connector(trust.client_context, trust.authenticate)
-        self.streams = Streams(needs.config.peers.max_streams)
-        self.streams.offer({"api": self._serve_api, "loan": self._serve_loan})
-        self.bulk = Handover(
-            needs.carrier,
-            authenticate=trust.authenticate,
-            serve=self._serve_bulk,
-            credentials=lambda: credentials_of(trust),
-            lost=needs.bulk_lost,
-            limit=MAX_BULK_STREAMS,
-            clock=needs.clock,
-            spawn=needs.spawn,
-        )
         self.linking = Linking(
             self.own,
             self._connector,
@@ -166,6 +114,7 @@ class Session:
             self.telling.book,
             lambda: trust.membership,
         )
+        self.serving = Serving(trust, role, needs, self._showing.name_of)
         self.deploying = Deploying(needs.deployments, self.linking.links, needs.clock, needs.rng)
         self._denying = Denying(
             trust, self.linking.links, spawn=needs.spawn, denied=self._denials_came
@@ -196,8 +145,7 @@ class Session:
             self._look_timer.cancel()
         self._driver.close()
         self.linking.close("leaving" if self._leaving else "closing")
-        self.streams.cut()
-        self.bulk.close()
+        self.serving.close()
 
     async def _ticks(self) -> None:
         next_sweep_at = 0.0
@@ -207,7 +155,7 @@ class Session:
             self.telling.tell_slots(self._needs.board.current)
             if now >= next_sweep_at:
                 next_sweep_at = now + SWEEP_S
-                self.streams.prune()
+                self.serving.streams.prune()
                 self.telling.want_again(self._needs.rng.choice)
                 self.deploying.look()
 
@@ -297,50 +245,14 @@ class Session:
         for node in nodes:
             log.warning("node %s is on the deny list", self._showing.name_of(node))
             self.linking.drop(node)
-            self.streams.cut(node)
-            self.bulk.cut(node)
+            self.serving.cut(node)
             self.telling.forget(node)
             self._driver.post(gossip.NodeRevoked(node))
         self._showing.within(AT_ONCE_S)
 
-    # -- listener's speakers ----------------------------------------------------------------------
-
-    async def serve_raw(self, channel: FrameChannel, certificate: PeerCertificate) -> None:
-        await self.streams.serve(channel, certificate)
-
-    def _serve_api(self, peer: PeerCertificate, wanted: Open) -> asyncio.Protocol:
-        if self.role is Role.CLIENT:
-            raise PeerRefused("a client node serves no models", reason="no_service")
-        try:
-            return self._needs.serve_api(self._showing.name_of(peer.node_id))
-        except MeshdError as error:
-            raise PeerRefused(error.message, reason=error.code) from None
-
-    def _serve_loan(self, peer: PeerCertificate, wanted: Open) -> asyncio.Protocol:
-        if self.role is Role.CLIENT:
-            raise PeerRefused("a client node lends no memory", reason="no_service")
-        if peer.role is Role.CLIENT:
-            raise PeerRefused("memory is lent to members and not to clients", reason="client")
-        return self._needs.serve_loan(peer.node_id, self._showing.name_of(peer.node_id))
-
-    @property
-    def take_bulk(self) -> Callable[[socket.socket], None] | None:
-        """Who takes bulk connections over; None if nobody here does."""
-        return self.bulk.take if self._needs.carrier else None
-
-    def expect_bulk(self) -> None:
-        """A bulk stream of another node is about to come."""
-        if self._needs.carrier:
-            self.bulk.expect()
-
-    def _serve_bulk(self, node: NodeId, wanted: Open) -> dict[str, Any]:
-        if self.role is Role.CLIENT:
-            raise PeerRefused("a client node serves no weights", reason="no_service")
-        return self._needs.serve_bulk(node, wanted)
-
     def _renewed(self) -> None:
         self.telling.say_again()  # adverts carry the certificate
-        self.bulk.renewed()
+        self.serving.bulk.renewed()
 
     # -- linking.Listener -------------------------------------------------------------------------
 

@@ -18,7 +18,8 @@ from meshd.kernel import Board, FlightRecorder, MonotonicClock, Pool
 from meshd.peers.links.channel import FrameChannel
 from meshd.peers.links.listener import PeerListener, Speakers
 from meshd.peers.links.streams import Open
-from meshd.peers.session import Needs, Session, _nothing_in_bulk, _nothing_to_lend
+from meshd.peers.needs import Needs, nothing_in_bulk, nothing_to_lend
+from meshd.peers.session import Session
 from meshd.peers.trust.authority import Authority
 from meshd.peers.trust.certificates import certificate_der, make_csr
 from meshd.peers.trust.credentials import MeshStore
@@ -92,8 +93,8 @@ class Station:
         self.joined: list[FrameChannel] = []
         self.port = 0
         self.carrier: tuple[str, ...] = ()
-        self.serve_bulk: Callable[[NodeId, Open], dict[str, Any]] = _nothing_in_bulk
-        self.serve_loan: Callable[[NodeId, str], asyncio.Protocol] = _nothing_to_lend
+        self.serve_bulk: Callable[[NodeId, Open], dict[str, Any]] = nothing_in_bulk
+        self.serve_loan: Callable[[NodeId, str], asyncio.Protocol] = nothing_to_lend
         self.bulk_losses = 0
         """How often its carrier took streams with it."""
         self.deployments = DeploymentBook()
@@ -146,8 +147,8 @@ class Station:
             trust.authenticate,
             self._join,
             self.session.linking.serve,
-            self.session.serve_raw,
-            self.session.take_bulk,
+            self.session.serving.raw,
+            self.session.serving.take_bulk,
         )
         await self.listener.start(trust.server_context(), speakers, self.spawn)
         self.session.start()

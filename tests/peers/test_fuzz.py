@@ -100,7 +100,7 @@ async def settled(victim: Station, friend: Station, tasks_before: int) -> None:
     await victim.until(
         lambda: victim.session.linking.links.get(friend.id) is not None, "the friend's link"
     )
-    assert not victim.session.streams._open
+    assert not victim.session.serving.streams._open
 
 
 async def alive(at: Station, other: Station) -> None:
@@ -204,7 +204,7 @@ async def test_a_member_s_first_words(nodes: tuple[Station, Station, Station], a
     await say_all(victim, context, [t + rng.randbytes(rng.randint(0, 50)) for t in twists])
     for length in (0xFFFFFFFF, 64 * 1024 + 1):
         await say(victim, context, length.to_bytes(4) + b"{" * 1000)
-    victim.session.streams.cut()
+    victim.session.serving.streams.cut()
     await settled(victim, friend, before)
 
 

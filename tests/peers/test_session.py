@@ -209,10 +209,10 @@ async def test_a_stream_reaches_the_api_of_the_node_it_names(make: Maker) -> Non
         while len(heard) < 7:
             heard += await received.get()
     assert heard == b"b:hello"
-    b.session.streams.cut()  # of others only: ours is not among them
+    b.session.serving.streams.cut()  # of others only: ours is not among them
     (served,) = a.served
     assert not served.lost.is_set()
-    a.session.streams.cut(b.id)
+    a.session.serving.streams.cut(b.id)
     async with asyncio.timeout(5):
         await served.lost.wait()
 

@@ -135,10 +135,10 @@ async def test_a_member_is_served(nodes: Any) -> None:
     assert answer["pid"] != os.getpid()
     for length in (1, 70_000, 1 << 20, 5):
         assert await b.do(partial(read, stream, length)) == b"\x0a" * length
-    assert a.session.bulk.streams == 1
+    assert a.session.serving.bulk.streams == 1
     stream.close()
-    await until(lambda: a.session.bulk.streams == 0, "the end was told")
-    received, sent = a.session.bulk.bytes_carried
+    await until(lambda: a.session.serving.bulk.streams == 0, "the end was told")
+    received, sent = a.session.serving.bulk.bytes_carried
     assert sent > 70_000 + (1 << 20)
     assert received > 0
 
@@ -227,7 +227,7 @@ async def test_what_cannot_be_had_is_refused_with_words(
     error = await refused(b.open(a, {"t": "open"} | wanted))
     assert error.reason == reason
     assert words in error.message
-    await until(lambda: a.session.bulk._carrier.strangers == set(), "forgotten")
+    await until(lambda: a.session.serving.bulk._carrier.strangers == set(), "forgotten")
 
 
 async def test_a_service_the_carrier_does_not_know_is_refused(nodes: Any) -> None:
@@ -259,7 +259,7 @@ async def test_a_node_of_another_mesh_is_refused_by_either_side(nodes: Any) -> N
         return said_to(a, context)
 
     assert await b.do(careless) == b"unknown ca"
-    assert a.session.bulk.streams == 0
+    assert a.session.serving.bulk.streams == 0
 
 
 async def test_a_stranger_is_refused(nodes: Any) -> None:
@@ -307,7 +307,7 @@ async def test_a_node_without_a_carrier_is_told_apart(nodes: Any) -> None:
     a, b, _ = nodes
     without = replace(a.session._needs, carrier=())
     a.session._needs = without
-    assert a.session.take_bulk is None
+    assert a.session.serving.take_bulk is None
     a.listener._speakers = replace(a.listener._speakers, bulk=None)
     error = await refused(b.open(a))
     assert error.reason == "no_service"
@@ -339,7 +339,7 @@ async def test_a_node_that_is_revoked_loses_its_streams_at_once(nodes: Any) -> N
     assert await drinking - revoked_at < CUT_LIMIT_S
     victim.close()
     assert await c.do(partial(read, bystander, 100)) == b"\x0a" * 100
-    await until(lambda: a.session.bulk.streams == 1, "only the bystander's")
+    await until(lambda: a.session.serving.bulk.streams == 1, "only the bystander's")
     bystander.close()
 
 
@@ -348,7 +348,7 @@ async def test_a_stuck_stream_is_cut_as_well(nodes: Any) -> None:
     a, b, _ = nodes
     stuck, _ = await b.open(a, SHARD | {"sha256": "bf" + "0" * 62})
     a.session.denied((b.station.id,))
-    await until(lambda: a.session.bulk.streams == 0, "cut", CUT_LIMIT_S)
+    await until(lambda: a.session.serving.bulk.streams == 0, "cut", CUT_LIMIT_S)
     stuck.close()
 
 
@@ -357,7 +357,7 @@ async def test_a_renewed_certificate_is_shown_in_new_streams(nodes: Any) -> None
     first, _ = await b.open(a)
     renewed = a.store.renew_own(a.session.trust.membership, time.time() + 3600)
     a.session.trust._renewed(renewed)
-    await until(lambda: a.session.bulk._carrier is not None, "there")
+    await until(lambda: a.session.serving.bulk._carrier is not None, "there")
 
     async def shown() -> bool:
         stream, _ = await b.open(a)
@@ -383,18 +383,18 @@ async def test_a_carrier_that_dies_costs_its_streams_only(nodes: Any) -> None:
     with pytest.raises(PeerUnreachable):
         await b.do(stream.receive)
     stream.close()
-    await until(lambda: a.session.bulk._carrier is None, "noticed")
+    await until(lambda: a.session.serving.bulk._carrier is None, "noticed")
     assert a.bulk_losses == 1
     assert a.peer(b.station) is not None
     assert a.session.linking.links.get(b.station.id) is not None
-    a.session.bulk._next_start_at = 0.0
+    a.session.serving.bulk._next_start_at = 0.0
     again, second = await b.open(a)
     assert second["pid"] != answer["pid"]
     assert await b.do(partial(read, again, 10)) == b"\x0a" * 10
     again.close()
-    await until(lambda: not a.session.bulk.streams, "the stream has ended")
+    await until(lambda: not a.session.serving.bulk.streams, "the stream has ended")
     os.kill(second["pid"], signal.SIGKILL)
-    await until(lambda: a.session.bulk._carrier is None, "noticed again")
+    await until(lambda: a.session.serving.bulk._carrier is None, "noticed again")
     assert a.bulk_losses == 1  # nobody lost anything
 
 
@@ -403,23 +403,23 @@ async def test_a_carrier_that_cannot_start_is_not_tried_again_at_once(
 ) -> None:
     a, b, _ = nodes
     note = tmp_path / "starts"
-    a.session.bulk._command = ("/bin/sh", "-c", f"echo >> {note}; exit 1")
+    a.session.serving.bulk._command = ("/bin/sh", "-c", f"echo >> {note}; exit 1")
     for _ in range(5):
         with pytest.raises(MeshdError):
             await b.open(a)
-    await until(lambda: a.session.bulk._carrier is None, "noticed")
+    await until(lambda: a.session.serving.bulk._carrier is None, "noticed")
     assert len(note.read_text()) <= 3
-    a.session.bulk._command = (str(tmp_path / "nothing"),)
-    a.session.bulk._next_start_at = 0.0
+    a.session.serving.bulk._command = (str(tmp_path / "nothing"),)
+    a.session.serving.bulk._next_start_at = 0.0
     with pytest.raises(MeshdError):
         await b.open(a)
-    await until(lambda: a.session.bulk._carrier is None, "noticed")
+    await until(lambda: a.session.serving.bulk._carrier is None, "noticed")
 
 
 async def test_the_end_of_the_session_ends_the_process(nodes: Any) -> None:
     a, b, _ = nodes
     stream, answer = await b.open(a)
-    a.session.bulk.close()
+    a.session.serving.bulk.close()
     with pytest.raises(PeerUnreachable):
         await b.do(stream.receive)
     stream.close()
@@ -436,14 +436,14 @@ async def test_a_carrier_that_is_not_needed_ends_and_comes_back(
     stream, answer = await b.open(a)
     other, _ = await b.open(a)
     other.close()
-    await until(lambda: a.session.bulk.streams == 1, "one left")
+    await until(lambda: a.session.serving.bulk.streams == 1, "one left")
     await asyncio.sleep(0.3)  # longer than it may idle: it does not
     assert await b.do(partial(read, stream, 10)) == b"\x0a" * 10
     stream.close()
-    await until(lambda: a.session.bulk._carrier is None, "ended")
+    await until(lambda: a.session.serving.bulk._carrier is None, "ended")
     await until(lambda: not psutil.pid_exists(answer["pid"]), "gone")
     assert not [r for r in caplog.records if r.levelname == "WARNING" and "carrier" in r.message]
-    a.session.bulk._next_start_at = 0.0
+    a.session.serving.bulk._next_start_at = 0.0
     again, _ = await b.open(a)
     again.close()
 
@@ -452,18 +452,18 @@ async def test_a_carrier_is_there_before_an_expected_stream_and_ends_if_none_com
     nodes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a, b, _ = nodes
-    a.session.expect_bulk()
-    await until(lambda: a.session.bulk._carrier is not None, "started")
-    expected = a.session.bulk._carrier
+    a.session.serving.expect_bulk()
+    await until(lambda: a.session.serving.bulk._carrier is not None, "started")
+    expected = a.session.serving.bulk._carrier
     stream, _ = await b.open(a)
-    assert a.session.bulk._carrier is expected
+    assert a.session.serving.bulk._carrier is expected
     monkeypatch.setattr(handover, "IDLE_S", 0.1)
     stream.close()
-    await until(lambda: a.session.bulk._carrier is None, "ended after its stream")
-    a.session.bulk._next_start_at = 0.0
-    a.session.expect_bulk()
-    assert a.session.bulk._carrier is not None
-    await until(lambda: a.session.bulk._carrier is None, "ended without one")
+    await until(lambda: a.session.serving.bulk._carrier is None, "ended after its stream")
+    a.session.serving.bulk._next_start_at = 0.0
+    a.session.serving.expect_bulk()
+    assert a.session.serving.bulk._carrier is not None
+    await until(lambda: a.session.serving.bulk._carrier is None, "ended without one")
 
 
 # -- strangers ------------------------------------------------------------------------------------
@@ -488,7 +488,7 @@ async def test_half_open_connections_do_not_hold_up_others_and_are_bounded(nodes
         der_from_wire(mine.ca_der), mine.certificate_path, mine.key_path, server=False
     )
     half_open = [await silent(a, context) for _ in range(handover.MAX_STRANGERS - 1)]
-    bulk = a.session.bulk
+    bulk = a.session.serving.bulk
     await until(lambda: len(bulk._carrier.strangers) == len(half_open), "all in the carrier")
     second, _ = await b.open(a)
     assert await b.do(partial(read, second, 10)) == b"\x0a" * 10
@@ -508,12 +508,12 @@ async def test_half_open_connections_do_not_hold_up_others_and_are_bounded(nodes
 
 async def test_more_streams_than_may_be_are_refused_as_busy(nodes: Any) -> None:
     a, b, _ = nodes
-    a.session.bulk._limit = 2
+    a.session.serving.bulk._limit = 2
     first, second = (await b.open(a))[0], (await b.open(a))[0]
     error = await refused(b.open(a))
     assert error.reason == "busy"
     first.close()
-    await until(lambda: a.session.bulk.streams == 1, "one left")
+    await until(lambda: a.session.serving.bulk.streams == 1, "one left")
     third, _ = await b.open(a)
     second.close()
     third.close()

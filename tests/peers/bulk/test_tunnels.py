@@ -205,11 +205,11 @@ async def test_the_end_of_either_side_is_that_of_the_other(host: Host) -> None:
         assert await said(connection, b"x") == b"x"
         connection[1].write(b"end")
         assert await ended(connection)
-    await until(lambda: host.a.session.bulk.streams == 0, "the worker's end")
+    await until(lambda: host.a.session.serving.bulk.streams == 0, "the worker's end")
     async with connected(tunnels) as connection:
         assert await said(connection, b"x") == b"x"
-        assert host.a.session.bulk.streams == 1
-    await until(lambda: host.a.session.bulk.streams == 0, "the worker's end")
+        assert host.a.session.serving.bulk.streams == 1
+    await until(lambda: host.a.session.serving.bulk.streams == 0, "the worker's end")
     async with connected(tunnels) as again:
         assert await said(again, b"y") == b"y"
 
@@ -223,7 +223,7 @@ async def test_no_more_connections_than_an_engine_needs(host: Host) -> None:
         async with connected(tunnels) as surplus:
             assert await ended(surplus)
         assert await said(held[0], b"x") == b"x"
-    await until(lambda: host.a.session.bulk.streams == 0, "all ended")
+    await until(lambda: host.a.session.serving.bulk.streams == 0, "all ended")
     async with connected(tunnels) as later:
         assert await said(later, b"x") == b"x"
 
@@ -318,7 +318,9 @@ async def test_a_tunnel_process_that_is_killed_is_told_once(host: Host) -> None:
         os.kill(tunnels.pid, signal.SIGKILL)
         assert await ended(connection, LOST_LIMIT_S)
         await until(lambda: host.reasons, "lost", LOST_LIMIT_S)
-        await until(lambda: host.a.session.bulk.streams == 0, "the worker's end", LOST_LIMIT_S)
+        await until(
+            lambda: host.a.session.serving.bulk.streams == 0, "the worker's end", LOST_LIMIT_S
+        )
     await tunnels.close()
     await tunnels.close()
     assert host.reasons == ["the process of tunnels ended"]

@@ -139,8 +139,8 @@ class Scene:
 
     def _no_stream_is_open(self) -> bool:
         for worker in self.workers:
-            worker.station.session.streams.prune()
-        return not any(worker.station.session.streams._open for worker in self.workers)
+            worker.station.session.serving.streams.prune()
+        return not any(worker.station.session.serving.streams._open for worker in self.workers)
 
 
 async def eventually(condition: Callable[[], bool], within_s: float = 5.0) -> None:
@@ -270,7 +270,7 @@ async def test_a_worker_that_dies_while_it_commits(scene: Scene) -> None:
     scene.two.lender.go_on.clear()
     work = asyncio.create_task(scene.borrow())
     await scene.two.lender.committing.wait()
-    scene.two.station.session.streams.cut()
+    scene.two.station.session.serving.streams.cut()
     with pytest.raises(SplitFailed, match=r"worker two: the connection "):
         await work
     await scene.nothing_is_left()
@@ -406,7 +406,7 @@ async def test_the_first_loss_is_told_and_no_other(scene: Scene) -> None:
     scene.one.desk.end(scene.one.lender.granted[0].id, "the rpc-server exited")
     assert await scene.is_lost() == "worker one: the rpc-server exited"
     scene.tunnels.lost("the tunnels' process died")
-    scene.two.station.session.streams.cut()
+    scene.two.station.session.serving.streams.cut()
     await scene.two.lender.all_ended()
     await borrowed.end("a worker was lost")
     assert len(scene.losses) == 1
