@@ -40,6 +40,7 @@ bench: system venv engine ## the benchmarks; prints tables, writes bench/results
 	$(BIN)/python -m bench.mesh
 	$(BIN)/python -m bench.failover
 	$(BIN)/python -m bench.split
+	$(BIN)/python -m bench.push_or_fetch
 	$(BIN)/python -m bench.cache
 
 service-test: venv engine ## the tests under a real systemd (root; Debian in a container; minutes)
