@@ -305,8 +305,8 @@ async def test_a_client_serves_nothing_and_is_not_asked(nodes: Any) -> None:
 
 async def test_a_node_without_a_carrier_is_told_apart(nodes: Any) -> None:
     a, b, _ = nodes
-    without = replace(a.session._needs, carrier=())
-    a.session._needs = without
+    without = replace(a.session.serving._needs, carrier=())
+    a.session.serving._needs = without
     assert a.session.serving.take_bulk is None
     a.listener._speakers = replace(a.listener._speakers, bulk=None)
     error = await refused(b.open(a))
