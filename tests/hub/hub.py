@@ -21,6 +21,8 @@ from tests.hub.site import Site
 
 HOST = "127.0.0.1"
 START_LIMIT_S = 10.0
+LOOP_TURNS = 5
+"""Of the event loop, from a connection in the queue to a protocol that has it: three or four."""
 
 
 class LocalHub:
@@ -170,8 +172,15 @@ class LocalHub:
             self._started.set()
             await self._ended.wait()
         finally:
+            await _settled()  # asyncio loses a connection that it accepts while its server closes
             await hub.cleanup()
             await cdn.cleanup()
+            await _settled()  # what is being closed is closed
+
+
+async def _settled() -> None:
+    for _ in range(LOOP_TURNS):
+        await asyncio.sleep(0)
 
 
 def _runner(application: web.Application) -> web.AppRunner:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import os
@@ -393,3 +394,14 @@ def test_it_serves_a_directory_as_a_process_of_its_own(tmp_path: Path) -> None:
         connection.close()
         process.communicate("")
     assert process.returncode == 0
+
+
+def test_who_connects_as_it_closes_is_closed_as_well() -> None:
+    with LocalHub() as hub:
+        at = urlsplit(hub.endpoint)
+        connections = [socket.create_connection((at.hostname, at.port)) for _ in range(3)]
+    for connection in connections:
+        with connection:
+            connection.settimeout(5)
+            with contextlib.suppress(ConnectionResetError):
+                assert connection.recv(1) == b""
