@@ -177,7 +177,8 @@ async def test_a_cancelled_fetch_is_gone_on_with(
     room = rooms.make()
     task = asyncio.create_task(room.prepare("acme/big-GGUF:Q8_0", Moves()))
     async with asyncio.timeout(30):
-        while hub.sent("big*") < 2 * CHUNK_BYTES:  # noqa: ASYNC110 (counted by another thread)
+        # Of both files at once: so much that a whole chunk has come, whatever is still on its way.
+        while hub.sent("big*") < 4 * CHUNK_BYTES:  # noqa: ASYNC110 (counted by another thread)
             await asyncio.sleep(0.01)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
