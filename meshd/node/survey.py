@@ -18,7 +18,7 @@ from meshd.config import Config
 from meshd.errors import MeshdError
 from meshd.kernel import Board, Pool, Service
 from meshd.sizes import format_size, parse_size
-from meshd.view import DeviceView, ModelState, NodeState, View
+from meshd.view import DeviceView, ModelState, NodeState, RuntimeView, View
 
 if TYPE_CHECKING:
     from meshd.runtime.devices import EngineList
@@ -48,6 +48,8 @@ class Survey(Service):
         self._listing = listing
         self._listed: tuple[str, ...] = ()
         """Devices of the engine's list that the last look went by."""
+        self._runtime: RuntimeView | None = None
+        """As last seen; with the list it changes as well."""
         self._wake = asyncio.Event()
         stated = config.engine.memory_speed
         self._stated = stated is not None
@@ -122,7 +124,10 @@ class Survey(Service):
 
     def _look_if_listed_anew(self, view: View) -> None:
         """What a device is called by the engine, models are placed by."""
-        if view.runtime is not None and _names(self._listing()) != self._listed:
+        if view.runtime is self._runtime:
+            return
+        self._runtime = view.runtime
+        if _names(self._listing()) != self._listed:
             self.look_now()
 
     async def _rest(self) -> None:

@@ -14,7 +14,7 @@ from meshd.config import load
 from meshd.ids import ModelId, NodeId
 from meshd.kernel import Board, Pool
 from meshd.node import survey
-from meshd.runtime.devices import Driver, Gpu, Reading, measure_memory_speed, parse_list
+from meshd.runtime.devices import Driver, EngineList, Gpu, Reading, measure_memory_speed, parse_list
 from meshd.view import (
     DeviceView,
     ModelState,
@@ -30,6 +30,7 @@ NODE = NodeView(NodeId("n"), "n", "1", "member", NodeState.READY, 0.0, "127.0.0.
 CPU = DeviceView("A CPU", "cpu", None, 64, 48, True, None)
 ROOMY = replace(CPU, memory_total_bytes=8 << 30, memory_free_bytes=1 << 30)
 ENGINE = RuntimeView("e", "cpu", "b", "7.0.0", "/e", (), ProofView("none", False, 0.0, ()))
+PROVED = replace(ENGINE, backend="cuda", built_for="cuda")
 LOADING = ModelView(ModelId("m"), "m", ModelState.LOADING)
 LISTING = parse_list("  CUDA0: NVIDIA H200 (143771 MiB, 143000 MiB free)\n", "cuda")
 LOST = "the GPU fell off the bus"
@@ -161,3 +162,27 @@ async def test_what_is_configured_is_not_measured(
         await looked.wait()
         assert [device.memory_bytes_per_s for device in board.current.devices] == [None]
     assert measured == []
+
+
+async def test_devices_are_looked_at_as_soon_as_the_engine_has_listed_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models are placed by these names: that must not wait for the next look by the clock."""
+    board, pool = Board(View(NODE)), Pool("test", workers=1)
+    listed: list[EngineList] = []
+    config = load({"data_dir": str(tmp_path)}).config
+    service = survey.Survey(config, board, pool, lambda: listed[0] if listed else None)
+    monkeypatch.setattr("meshd.runtime.devices.take_reading", lambda: reading(None))
+    names: asyncio.Queue[str | None] = asyncio.Queue()
+    board.subscribe(lambda view: names.put_nowait(view.devices[0].engine_name))
+    running = asyncio.ensure_future(service.run())
+    async with asyncio.timeout(10):
+        assert await names.get() is None
+        listed.append(LISTING)
+        board.publish(replace(board.current, runtime=PROVED))
+        assert await names.get() is None, "this was published with the devices of before"
+        assert await names.get() == "CUDA0"
+        service.stopping.set()
+        await running
+    assert names.empty(), "one look is enough"
+    pool.close()
