@@ -27,6 +27,7 @@ from meshd.view.snapshots import (
     WeightsView,
 )
 from meshd.view.split import (
+    MAX_NEEDED_FILES,
     Lendable,
     Loan,
     LoanAsk,
@@ -38,6 +39,7 @@ from meshd.view.split import (
 from meshd.view.united import exact_name, union, with_local, with_peers, with_wanted
 
 __all__ = [
+    "MAX_NEEDED_FILES",
     "Bid",
     "BinaryView",
     "CacheView",

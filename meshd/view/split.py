@@ -10,6 +10,7 @@ enumerates devices.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from meshd.ids import LoanId, ModelId, NodeId
 
@@ -89,6 +90,10 @@ class SplitPlan:
         one of the last device's."""
         rows = [n for part in self.parts for n in part.layers] + [n for _, n in self.own]
         return (*rows[:-1], rows[-1] + 1)
+
+
+MAX_NEEDED_FILES: Final = 256
+"""Of one worker; a part in more of them is sent by its host."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, 
 from meshd.ids import LoanId, ModelId, NodeId
 from meshd.peers.links.hello import clean_line
 from meshd.peers.trust.wire import Node, WireModel, read
-from meshd.view import LoanAsk, NeededWeights, Part
+from meshd.view import MAX_NEEDED_FILES, LoanAsk, NeededWeights, Part
 
 FRAME_LIMIT: Final = 128 * 1024
 """Bytes; an ask with as many devices and as long names as may be has fewer."""
@@ -34,7 +34,6 @@ MAX_DEVICES: Final = 64
 MAX_LAYERS: Final = 1 << 16
 MAX_REF: Final = 1536
 """Characters of what a set is called on its hub: a repository, a commit, a path."""
-MAX_FILES: Final = 256
 MAX_WORKERS: Final = 64
 MAX_WORDS: Final = 500
 """Characters of what is said for people."""
@@ -87,7 +86,7 @@ class WeightsOnWire(WireModel):
     ]
     files: Annotated[
         tuple[Annotated[tuple[_Sha256, _Size], Field(strict=False)], ...],
-        Field(min_length=1, max_length=MAX_FILES, strict=False),
+        Field(min_length=1, max_length=MAX_NEEDED_FILES, strict=False),
     ]
     bytes: _Size
     pushed_bytes: _Size

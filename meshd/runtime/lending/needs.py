@@ -6,10 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from meshd.ids import NodeId
 from meshd.runtime.lending.extents import TensorExtent, held_by, offered_by_hash
-from meshd.view import NeededWeights, Part
-
-MAX_FILES = 256
-"""Of one worker; a part in more of them is sent by its host."""
+from meshd.view import MAX_NEEDED_FILES, NeededWeights, Part
 
 
 def needs(
@@ -33,7 +30,7 @@ def needs(
     for node, own in held.items():
         paths = {tensor.path for tensor in own}
         lie_in = tuple(facts for path, facts in files.items() if path in paths)
-        if not sizes[node] or len(lie_in) > MAX_FILES:
+        if not sizes[node] or len(lie_in) > MAX_NEEDED_FILES:
             continue
         found[node] = NeededWeights(
             ref=ref,

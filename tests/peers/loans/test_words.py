@@ -17,7 +17,6 @@ from meshd.peers.links.frames import frame
 from meshd.peers.loans.words import (
     FRAME_LIMIT,
     MAX_DEVICES,
-    MAX_FILES,
     MAX_REF,
     MAX_WORKERS,
     Ask,
@@ -28,7 +27,7 @@ from meshd.peers.loans.words import (
     parse_host_word,
     parse_worker_word,
 )
-from meshd.view import NeededWeights, Part
+from meshd.view import MAX_NEEDED_FILES, NeededWeights, Part
 from tests.peers.loans.parts import a_part, an_ask
 
 NAMES = st.text(st.characters(categories=("L", "N", "P", "S")), min_size=1, max_size=256)
@@ -100,7 +99,7 @@ def test_the_largest_ask_fits_a_frame() -> None:
     part = replace(
         a_part(), name=name, memory=((name, 1 << 52),) * MAX_DEVICES, layers=(9,) * MAX_DEVICES
     )
-    files = (("f" * 64, (1 << 53) - 1),) * MAX_FILES
+    files = (("f" * 64, (1 << 53) - 1),) * MAX_NEEDED_FILES
     size = (1 << 53) - 1
     needed = NeededWeights("\U00020000" * MAX_REF, files, size, size, MAX_WORKERS, 1e15 / 3)
     ask = replace(an_ask(part), model=ModelId(name), digest=name, rpc_protocol=name, weights=needed)
@@ -135,7 +134,7 @@ def test_the_largest_ask_fits_a_frame() -> None:
         ("weights.ref", "a\nb"),
         ("weights.ref", "a" * (MAX_REF + 1)),
         ("weights.files", []),
-        ("weights.files", [["f" * 64, 1]] * (MAX_FILES + 1)),
+        ("weights.files", [["f" * 64, 1]] * (MAX_NEEDED_FILES + 1)),
         ("weights.files", [["F" * 64, 1]]),
         ("weights.files", [["../" + "f" * 61, 1]]),
         ("weights.files", [["f" * 64]]),

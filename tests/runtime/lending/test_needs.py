@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from meshd.ids import NodeId
 from meshd.runtime.lending.extents import TensorExtent
-from meshd.runtime.lending.needs import MAX_FILES, needs
-from meshd.view import NeededWeights, Part
+from meshd.runtime.lending.needs import needs
+from meshd.view import MAX_NEEDED_FILES, NeededWeights, Part
 
 MIB = 1 << 20
 B, C, D = (NodeId(name) for name in "bcd")
@@ -68,9 +68,9 @@ def test_what_cannot_be_kept_need_not_be_fetched() -> None:
 
 
 def test_a_part_in_too_many_files_is_left_to_the_host() -> None:
-    spread = [replace(t, path=f"/{n}") for n in range(MAX_FILES + 1) for t in layer(0, "")]
-    files = {f"/{n}": ("0" * 64, 1) for n in range(MAX_FILES + 1)}
+    spread = [replace(t, path=f"/{n}") for n in range(MAX_NEEDED_FILES + 1) for t in layer(0, "")]
+    files = {f"/{n}": ("0" * 64, 1) for n in range(MAX_NEEDED_FILES + 1)}
     parts = (part(B, 0, 1), part(C, 0, 1))
     assert needs(parts, REF, spread, files, holders=(), bytes_per_s={}) == {}
-    most = spread[: 3 * MAX_FILES]
+    most = spread[: 3 * MAX_NEEDED_FILES]
     assert set(needs(parts, REF, most, files, holders=(), bytes_per_s={})) == {B, C}
